@@ -1,0 +1,15 @@
+"""fastcnn: hand-written kernels for training convolutional networks in PyTorch. See README.md."""
+
+from fastcnn.backends import backend, env, explain, strict
+
+__version__ = "0.1.0"
+__all__ = ["backend", "env", "explain", "functional", "models", "nn", "optim", "strict"]
+
+
+def __getattr__(name):
+    # submodules on first use, so that importing fastcnn costs little more than importing torch
+    if name in ("functional", "models", "nn", "optim"):
+        import importlib
+
+        return importlib.import_module(f"fastcnn.{name}")
+    raise AttributeError(f"module 'fastcnn' has no attribute {name!r}")

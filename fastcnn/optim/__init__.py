@@ -1,0 +1,1 @@
+"""Fused optimizers with torch.optim's constructors and state_dict."""

@@ -1,0 +1,114 @@
+"""The activation family, y = f(x), elementwise over memory of any dense layout. fp32 inside (fp64 for fp64).
+
+`activate` and `activate_backward` are the formulas; other kernels call them in their epilogues.
+Comparisons are written so that NaN falls through to x: `max` in compiled Triton would drop it.
+"""
+
+import triton
+import triton.language as tl
+
+from fastcnn.kernels.triton.common import accumulator
+
+
+@triton.jit
+def sigmoid(x):
+    # exp of a non-positive number: no overflow at either end
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0 / (1.0 + e), e / (1.0 + e))
+
+
+@triton.jit
+def tanh(x):
+    a = tl.abs(x)
+    # near 0 the difference of exponentials cancels: Cephes' rational form there (Moshier, tanh.c), good to fp64
+    z = tl.where(a < 0.625, x * x, 0.0)
+    p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+    q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+    near = x + x * z * (p / q)
+    e = tl.exp(-2.0 * a)
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def activate(x, slope, KIND: tl.constexpr):
+    """f(x). slope is the negative slope of leaky_relu, unused otherwise."""
+    if KIND == "relu":
+        return tl.where(x <= 0, 0.0, x)
+    elif KIND == "relu6":
+        return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
+    elif KIND == "leaky_relu":
+        return tl.where(x > 0, x, x * slope)
+    elif KIND == "silu":
+        return x * sigmoid(x)
+    elif KIND == "sigmoid":
+        return sigmoid(x)
+    elif KIND == "tanh":
+        return tanh(x)
+    elif KIND == "hardswish":
+        return tl.where(x <= -3, 0.0, tl.where(x >= 3, x, x * (x + 3.0) / 6.0))
+    elif KIND == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(KIND == "gelu_tanh")
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return 0.5 * x * (1.0 + tanh(inner))
+
+
+@triton.jit
+def activate_backward(dy, saved, slope, KIND: tl.constexpr):
+    """dy * f'(x). saved is y for relu, sigmoid and tanh, and x for the others: what torch saves, too."""
+    if KIND == "relu":
+        return tl.where(saved <= 0, 0.0, dy)
+    elif KIND == "relu6":
+        return tl.where((saved <= 0) | (saved >= 6), 0.0, dy)
+    elif KIND == "leaky_relu":
+        return tl.where(saved > 0, dy, dy * slope)
+    elif KIND == "silu":
+        s = sigmoid(saved)
+        return dy * s * (1.0 + saved * (1.0 - s))
+    elif KIND == "sigmoid":
+        return dy * saved * (1.0 - saved)
+    elif KIND == "tanh":
+        return dy * (1.0 - saved * saved)
+    elif KIND == "hardswish":
+        inner = dy * (saved / 3.0 + 0.5)
+        return tl.where(saved <= -3, 0.0, tl.where(saved >= 3, dy, inner))
+    elif KIND == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476))
+        pdf = tl.exp(-0.5 * saved * saved) * 0.3989422804014327
+        return dy * (cdf + saved * pdf)
+    else:
+        tl.static_assert(KIND == "gelu_tanh")
+        inner = 0.7978845608028654 * (saved + 0.044715 * saved * saved * saved)
+        t = tanh(inner)
+        slope_of_inner = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * saved * saved)
+        return dy * (0.5 * (1.0 + t) + 0.5 * saved * (1.0 - t * t) * slope_of_inner)
+
+
+@triton.jit
+def activation_forward_kernel(x_ptr, y_ptr, numel, slope, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr):
+    # one program computes BLOCK consecutive elements
+    pid = tl.program_id(0)
+    if INT64:
+        pid = pid.to(tl.int64)
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    x = accumulator(tl.load(x_ptr + i, mask=inside))
+    tl.store(y_ptr + i, activate(x, slope, KIND).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def activation_backward_kernel(
+    dy_ptr, saved_ptr, dx_ptr, numel, slope, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr
+):
+    # one program computes BLOCK consecutive elements
+    pid = tl.program_id(0)
+    if INT64:
+        pid = pid.to(tl.int64)
+    i = pid * BLOCK + tl.arange(0, BLOCK)
+    inside = i < numel
+    dy = accumulator(tl.load(dy_ptr + i, mask=inside))
+    saved = accumulator(tl.load(saved_ptr + i, mask=inside))
+    dx = activate_backward(dy, saved, slope, KIND)
+    tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)

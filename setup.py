@@ -1,0 +1,41 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (root / "fastcnn/__init__.py").read_text().splitlines() if "__version__ =" in line
+)
+
+setup(
+    name="fastcnn",
+    version=version,
+    description="Hand-written Triton, CUDA and numba kernels for training convolutional networks in PyTorch",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels
+    packages=find_packages(include=["fastcnn", "fastcnn.*"], exclude=["fastcnn.kernels"])
+    + ["fastcnn.kernels", "fastcnn.kernels.triton", "fastcnn.kernels.cpu", "fastcnn.kernels.cuda"],
+    package_dir={"fastcnn.kernels": "kernels"},
+    package_data={"fastcnn.kernels.cuda": ["*.cu", "*.cuh"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numba>=0.63",
+        "numpy",
+        # the trainer and the command line
+        "jsonargparse>=4.40",
+        "matplotlib",
+        "pillow",
+        "scikit-learn",
+        "tensorboard",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "hypothesis", "expecttest", "ruff", "build", "torchvision"],
+    },
+    entry_points={"console_scripts": ["fastcnn = fastcnn.cli:main"]},
+)
