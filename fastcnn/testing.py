@@ -1,7 +1,7 @@
 """Comparing an op with the truth. Shared by the tests, the benchmarks' correctness gate and `fastcnn.verify`.
 
 The truth is the reference in fp64 on the same rounded inputs. The yardstick is PyTorch's own error in the tested dtype:
-a result passes if its error is at most twice that, plus a floor per dtype (reliability: Dao et al., flash-attention's rule).
+a result passes if its error is at most twice that, plus a floor per dtype (the rule of flash-attention's tests).
 """
 
 import torch
@@ -43,8 +43,10 @@ def assert_close_to_truth(name, ours, torch_result, truth, dtype):
     ours64, torch64 = ours.to(truth.device, torch.float64), torch_result.to(truth.device, torch.float64)
     # an overflow of the dtype is no error of ours: what torch has as NaN or Inf, we must have, too
     special = ~torch.isfinite(torch64)
-    if not torch.equal(torch.nan_to_num(ours64, nan=1.0, posinf=2.0, neginf=3.0)[special],
-                       torch.nan_to_num(torch64, nan=1.0, posinf=2.0, neginf=3.0)[special]):
+    if not torch.equal(
+        torch.nan_to_num(ours64, nan=1.0, posinf=2.0, neginf=3.0)[special],
+        torch.nan_to_num(torch64, nan=1.0, posinf=2.0, neginf=3.0)[special],
+    ):
         raise AssertionError(f"{name}: NaN or Inf where PyTorch has another one")
     error = (ours64 - truth).abs()[~special]
     if error.numel() == 0:
@@ -67,8 +69,8 @@ def assert_matches(function, reference, *inputs):
     Args:
         function: ours.
         reference: plain PyTorch, any dtype.
-        inputs: tensors (those with requires_grad get gradients compared) and other arguments. Their first floating-point
-            tensor sets the tested dtype.
+        inputs: tensors (those with requires_grad get gradients compared) and other arguments. Their first
+            floating-point tensor sets the tested dtype.
 
     Raises:
         AssertionError: naming the tensor and its worst element.

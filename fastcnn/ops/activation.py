@@ -114,7 +114,8 @@ def _differentiable_backward(grad_output, saved, kind, slope):
         return grad_output * saved * (1 - saved)
     if kind == "tanh":
         return grad_output * (1 - saved * saved)
-    return common.differentiable_grads(lambda x: activation_reference(x, kind, slope), (saved,), grad_output, (True,))[0]
+    reference = lambda x: activation_reference(x, kind, slope)
+    return common.differentiable_grads(reference, (saved,), grad_output, (True,))[0]
 
 
 def _declare(name):
@@ -123,8 +124,7 @@ def _declare(name):
 
 
 _ops = {
-    name: _declare(name)
-    for name in ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu")
+    name: _declare(name) for name in ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu")
 }
 
 

@@ -73,7 +73,7 @@ def pair(name, value, minimum):
 def is_channels_last(tensor):
     """Whether torch would keep this 4-D tensor in channels_last.
 
-    Sizes of one leave the strides ambiguous; torch then decides by strides, and a contiguous tensor is not channels_last.
+    Sizes of one leave the strides ambiguous: a tensor that is also contiguous does not count as channels_last.
     """
     return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
@@ -108,8 +108,8 @@ def exceeds_int32(*tensors):
 def differentiable_grads(reference, inputs, grad_output, needs):
     """Gradients of `reference(*inputs)` that autograd can differentiate again.
 
-    Our kernels are opaque to autograd, so a second derivative through them would be silently wrong. When a backward runs
-    with grad mode on (create_graph=True), it calls this instead: PyTorch's own ops, slower and right.
+    Our kernels are opaque to autograd, so a second derivative through them would be silently wrong. When a backward
+    runs with grad mode on (create_graph=True), it calls this instead: PyTorch's own ops, slower and right.
 
     Args:
         reference: plain PyTorch function of the inputs.

@@ -6,7 +6,6 @@ Comparisons are written so that NaN falls through to x: `max` in compiled Triton
 
 import triton
 import triton.language as tl
-
 from fastcnn.kernels.triton.common import accumulator
 
 
@@ -46,7 +45,7 @@ def activate(x, slope, KIND: tl.constexpr):
     elif KIND == "tanh":
         return tanh(x)
     elif KIND == "hardswish":
-        return tl.where(x <= -3, 0.0, tl.where(x >= 3, x, x * (x + 3.0) / 6.0))
+        return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3.0)) / 6.0
     elif KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
