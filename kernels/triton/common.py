@@ -9,4 +9,5 @@ def accumulator(x):
     """The dtype we compute in: fp64 for fp64, else fp32. Call it on a loaded block before any arithmetic."""
     if x.dtype == tl.float64:
         return x
-    return x.to(tl.float32)
+    else:  # without it the compiler sees two return types
+        return x.to(tl.float32)
