@@ -65,7 +65,10 @@ def dot_kernel(a_ptr, b_ptr, out_ptr, K: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def copy_kernel(x_ptr, out_ptr, reads, writes, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < reads)
+    if reads == writes:
+        x = tl.load(x_ptr + i, mask=i < reads, other=0.0)
+    else:
+        x = tl.load(x_ptr + i, mask=i < reads)
     tl.store(out_ptr + i, x, mask=i < writes)
 
 
