@@ -1,0 +1,179 @@
+"""max_pool2d: y[n,c,p,q] = max over the window's taps (r, s) of x[n, c, p*stride - pad + r*dilation, ... + s*dilation].
+
+x [N, C, H, W] or [C, H, W] -> y [N, C, P, Q] or [C, P, Q]. Saved for backward: which tap of its window each maximum
+came from, one byte per output (windows of up to 256 taps); neither x nor 64-bit indices. The backward is a gather: each
+input pixel asks the windows that cover it, in fixed order, so it is deterministic.
+Counterpart: torch.nn.functional.max_pool2d.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from fastcnn.backends import Op
+from fastcnn.ops import common, pooling
+
+OP = Op("max_pool2d", cpu_kernel=False, cpu_auto=False, why="")
+
+
+def max_pool2d_reference(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    """The maximum of every window, in plain PyTorch."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def _why_not(backend, input):
+    if input.dtype not in common.FLOATS:
+        return f"max_pool2d has kernels for floating-point tensors and got {input.dtype}"
+    return None
+
+
+def _tap_dtype(window):
+    taps = window[0] * window[1]
+    return torch.uint8 if taps <= 2**8 else torch.int16 if taps <= 2**15 else torch.int32
+
+
+def _empty_outputs(input, window, ceil_mode, with_taps):
+    shape = (*input.shape[:-2], *pooling.output_size(input.shape[-2:], window, ceil_mode))
+    channels_last = pooling.follows_channels_last(input)
+    output = pooling.empty(shape, input, channels_last)
+    if not with_taps:
+        return output, input.new_empty(0, dtype=torch.uint8)
+    return output, pooling.empty(shape, input, channels_last, _tap_dtype(window))
+
+
+def _meta(window):
+    names = ("R", "S", "STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W")
+    return dict(zip(names, window, strict=True))
+
+
+def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
+    """Launch the kernel on an input of any strides; returns the output and its taps (of size 0 unless with_taps)."""
+    from fastcnn.kernels.triton.max_pool2d import max_pool2d_forward_kernel
+
+    output, taps = _empty_outputs(input, window, ceil_mode, with_taps)
+    if output.numel() == 0:
+        return output, taps
+    channels_last = pooling.follows_channels_last(input)
+    x, y = pooling.batched(input), pooling.batched(output)
+    grid, arguments = pooling.launch_arguments(y.shape, channels_last)
+    with common.device_guard(input):
+        max_pool2d_forward_kernel[grid](
+            x, y, taps, *x.stride(), H=x.shape[2], W=x.shape[3], P=y.shape[2], Q=y.shape[3], **_meta(window),
+            STORE_TAP=with_taps, UNROLL=window[0] * window[1] <= 25, INT64=common.exceeds_int32(x, y), **arguments,
+        )  # fmt: skip
+    return output, taps
+
+
+def max_pool2d_backward(grad_output, taps, input_shape, channels_last, window, backend):
+    """grad_input in the layout that the output had."""
+    from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_kernel
+
+    grad_input = pooling.empty(input_shape, grad_output, channels_last)
+    if grad_input.numel() == 0:
+        return grad_input
+    dy = pooling.batched(grad_output).contiguous(memory_format=pooling.memory_format(channels_last))
+    dx = pooling.batched(grad_input)
+    # a window's extent over its step: how many windows can cover one pixel
+    cover_h, cover_w = ((window[i] - 1) * window[i + 6] // window[i + 2] + 1 for i in (0, 1))
+    grid, arguments = pooling.launch_arguments(dx.shape, channels_last)
+    with common.device_guard(dy):
+        max_pool2d_backward_kernel[grid](
+            dy, taps, dx, H=dx.shape[2], W=dx.shape[3], P=dy.shape[2], Q=dy.shape[3], **_meta(window),
+            COVER_H=cover_h, COVER_W=cover_w, UNROLL=cover_h * cover_w <= 16,
+            INT64=common.exceeds_int32(dy, dx), **arguments,
+        )  # fmt: skip
+    return grad_input
+
+
+_forward = common.register(
+    "max_pool2d(Tensor input, int[] window, bool ceil_mode, bool with_taps, str backend) -> (Tensor, Tensor)",
+    max_pool2d_forward,
+    lambda input, window, ceil_mode, with_taps, backend: _empty_outputs(input, window, ceil_mode, with_taps),
+)
+_backward = common.register(
+    "max_pool2d_backward(Tensor grad_output, Tensor taps, SymInt[] input_shape, bool channels_last, int[] window, "
+    "str backend) -> Tensor",
+    max_pool2d_backward,
+    lambda grad_output, taps, input_shape, channels_last, *_: pooling.empty(input_shape, grad_output, channels_last),
+)
+
+
+def _flat_indices(taps, width, window):
+    """Taps as torch's indices: row * width + column of each maximum in its plane, int64."""
+    _, s, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w = window
+    tap = taps.long()
+    p = torch.arange(taps.shape[-2], device=taps.device)[:, None]
+    q = torch.arange(taps.shape[-1], device=taps.device)
+    h = p * stride_h - pad_h + tap.div(s, rounding_mode="floor") * dilation_h
+    w = q * stride_w - pad_w + tap.remainder(s) * dilation_w
+    return h * width + w
+
+
+class MaxPool2dFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, window, ceil_mode, backend):
+        output, taps = _forward(input, window, ceil_mode, True, backend)
+        ctx.save_for_backward(taps)
+        ctx.arguments = (input.shape, pooling.follows_channels_last(input), window, backend)
+        ctx.mark_non_differentiable(taps)
+        ctx.set_materialize_grads(False)
+        return output, taps
+
+    @staticmethod
+    def backward(ctx, grad_output, _):
+        if grad_output is None:
+            return None, None, None, None
+        (taps,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            grad_input = MaxPool2dBackwardFunction.apply(grad_output, taps, *ctx.arguments)
+        else:
+            grad_input = _backward(grad_output, taps, *ctx.arguments)
+        return grad_input, None, None, None
+
+
+class MaxPool2dBackwardFunction(torch.autograd.Function):
+    """The backward as a linear function of grad_output, for second derivatives: its transpose picks by index."""
+
+    @staticmethod
+    def forward(ctx, grad_output, taps, input_shape, channels_last, window, backend):
+        ctx.save_for_backward(taps)
+        ctx.arguments = (input_shape[-1], window)
+        return _backward(grad_output, taps, input_shape, channels_last, window, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (taps,) = ctx.saved_tensors
+        indices = _flat_indices(taps, *ctx.arguments)
+        picked = grad.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
+        return picked, None, None, None, None, None
+
+
+def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):
+    """The maximum of every window. As torch.nn.functional.max_pool2d.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W]; the batch may be empty, nothing else.
+        kernel_size, stride, padding, dilation: int or pair; stride None means kernel_size. Padding counts as -inf and
+            is at most half of the window's extent.
+        ceil_mode: round the output size up, if the added window begins inside the image or the padding before it.
+        return_indices: also return where in its plane each maximum lies.
+
+    Returns:
+        [N, C, P, Q] or [C, P, Q] in the input's dtype and layout; with return_indices also int64 indices of that
+        shape. NaN propagates; of equal values the first wins.
+
+    Raises:
+        TypeError, ValueError: an argument that torch refuses; the message names it.
+    """
+    window = pooling.window(input, kernel_size, stride, padding, dilation, ceil_mode)
+    if not isinstance(return_indices, bool):
+        raise TypeError(f"return_indices must be a bool, got {return_indices!r}")
+    backend = OP.route(input, lambda candidate: _why_not(candidate, input))
+    if backend == "torch":
+        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    if torch.is_grad_enabled() and input.requires_grad:
+        output, taps = MaxPool2dFunction.apply(input, window, ceil_mode, backend)
+    else:
+        output, taps = _forward(input, window, ceil_mode, return_indices, backend)
+    if return_indices:
+        return output, _flat_indices(taps, input.shape[-1], window)
+    return output

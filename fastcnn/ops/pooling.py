@@ -1,0 +1,94 @@
+"""What max_pool2d, avg_pool2d and adaptive_avg_pool2d share: the window's arguments, the layouts, the launch."""
+
+import torch
+
+from fastcnn.ops import common
+
+TILE = 1024  # elements per program
+
+
+def window(input, kernel_size, stride, padding, dilation, ceil_mode):
+    """Check the arguments of a pooling window.
+
+    Returns:
+        [R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w]. Padding is at most half the window's extent,
+        and the output has at least one pixel.
+    """
+    common.check_tensor("input", input, (3, 4))
+    if 0 in input.shape[-3:]:
+        raise ValueError(f"input must have channels, rows and columns, got shape {tuple(input.shape)}")
+    kernel = common.pair("kernel_size", kernel_size, 1)
+    # torch takes an empty stride for None
+    if stride is None or (isinstance(stride, (tuple, list)) and len(stride) == 0):
+        stride = kernel
+    stride = common.pair("stride", stride, 1)
+    padding = common.pair("padding", padding, 0)
+    dilation = common.pair("dilation", dilation, 1)
+    if not isinstance(ceil_mode, bool):
+        raise TypeError(f"ceil_mode must be a bool, got {ceil_mode!r}")
+    for k, pad, dil in zip(kernel, padding, dilation, strict=True):
+        if 2 * pad > (k - 1) * dil + 1:
+            raise ValueError(
+                f"padding must be at most half of the window's extent, got padding {tuple(padding)} "
+                f"for kernel_size {tuple(kernel)} and dilation {tuple(dilation)}"
+            )
+    result = [*kernel, *stride, *padding, *dilation]
+    size = output_size(input.shape[-2:], result, ceil_mode)
+    if size[0] < 1 or size[1] < 1:
+        raise ValueError(
+            f"kernel_size {tuple(kernel)} with dilation {tuple(dilation)} is too large for an input of "
+            f"{tuple(input.shape[-2:])} with padding {tuple(padding)}: no output pixel would be left"
+        )
+    return result
+
+
+def output_size(input_size, window, ceil_mode):
+    """(P, Q) by torch's rule."""
+    result = []
+    for axis in (0, 1):
+        size, k, stride, pad, dil = input_size[axis], *window[axis::2]
+        last = size + 2 * pad - dil * (k - 1) - 1
+        out = (last + (stride - 1 if ceil_mode else 0)) // stride + 1
+        # a window that ceil_mode adds must begin inside the image or the padding before it
+        if ceil_mode and (out - 1) * stride >= size + pad:
+            out -= 1
+        result.append(out)
+    return result
+
+
+def follows_channels_last(tensor):
+    """Whether torch pools this tensor into a channels_last output: 4-D with strides in that order, dense or not."""
+    if tensor.dim() != 4 or tensor.stride(1) == 0:
+        return False
+    least = 0
+    for dim in (1, 3, 2, 0):
+        size, stride = tensor.shape[dim], tensor.stride(dim)
+        # where all strides are equal (N x C x 1 x 1, one channel), torch says contiguous
+        if size == 0 or stride < least or (dim == 0 and least == tensor.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def memory_format(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def empty(shape, like, channels_last, dtype=None):
+    """A dense 3-D or 4-D tensor in the layout that pooling gives; channels_last only for 4-D."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format(channels_last))
+
+
+def batched(tensor):
+    """A 3-D tensor as a batch of one."""
+    return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor
+
+
+def launch_arguments(shape, channels_last):
+    """(grid, arguments) of a kernel that writes a dense tensor of this 4-D shape as [rows, columns] tiles."""
+    n, c, h, w = shape
+    rows, columns = (n * h * w, c) if channels_last else (n * c, h * w)
+    block_b = min(256, max(4, 1 << (columns - 1).bit_length()))
+    block_a = TILE // block_b
+    grid = (-(-rows // block_a) * -(-columns // block_b),)
+    return grid, dict(rows=rows, columns=columns, C=c, CHANNELS_LAST=channels_last, BLOCK_A=block_a, BLOCK_B=block_b)
