@@ -6,11 +6,25 @@ Names that fastcnn does not have come from torch.nn.functional, so `import fastc
 import torch.nn.functional
 
 from fastcnn.ops.activation import gelu, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
+from fastcnn.ops.adaptive_avg_pool2d import adaptive_avg_pool2d
+from fastcnn.ops.avg_pool2d import avg_pool2d
+from fastcnn.ops.conv2d import conv2d
+from fastcnn.ops.conv_transpose2d import conv_transpose2d
+from fastcnn.ops.dropout import dropout
+from fastcnn.ops.linear import linear
+from fastcnn.ops.max_pool2d import max_pool2d
 
 __all__ = [
+    "adaptive_avg_pool2d",
+    "avg_pool2d",
+    "conv2d",
+    "conv_transpose2d",
+    "dropout",
     "gelu",
     "hardswish",
     "leaky_relu",
+    "linear",
+    "max_pool2d",
     "relu",
     "relu6",
     "sigmoid",
