@@ -135,3 +135,11 @@ def autocast_dtype(tensor):
     if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
         return torch.get_autocast_dtype(kind)
     return None
+
+
+def cpu_threads(elements):
+    """Give the next numba kernel as many threads as PyTorch would use for this many elements: one for small tensors."""
+    import numba
+
+    wanted = torch.get_num_threads() if elements >= 32768 else 1
+    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
