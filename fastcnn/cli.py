@@ -1,0 +1,166 @@
+"""The command line: fastcnn train | eval | predict | explain | env.
+
+Options of `train` are the fields of `TrainConfig`. What a user can get wrong ends in one line and exit code 2.
+Everything heavy is imported by the sub-command that needs it.
+"""
+
+import os
+import re
+import shlex
+import sys
+from argparse import ArgumentError
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+
+def main(argv=None):
+    """Run the command line.
+
+    Args:
+        argv: the words after `fastcnn`; default: those of the process.
+
+    Returns:
+        Exit code: 0, 2 for a mistake of the user, 130 after Ctrl-C.
+    """
+    command = None
+    try:
+        options = _parser().parse_args(argv)
+        command = options.subcommand
+        options = options[command]
+        if command == "train" and options.resume:
+            # the run's own options are the defaults of its continuation
+            options = _parser(resume=_train_config(options).out).parse_args(argv)["train"]
+        return COMMANDS[command](options)
+    except KeyboardInterrupt:
+        print("\nfastcnn: stopped" + (_how_to_resume(options) if command == "train" else ""), file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # nobody reads our output any more; the interpreter would complain again while closing it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ArgumentError, ValueError, OSError, FloatingPointError) as error:
+        # jsonargparse speaks of <class 'int'>
+        message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(str(error).split()))
+        print(f"fastcnn: error: {message}", file=sys.stderr)
+        return 2
+
+
+def _parser(resume=None):
+    parser = _new("Train convolutional networks with hand-written kernels.", prog="fastcnn")
+    commands = parser.add_subcommands(required=True)
+    commands.add_subcommand("train", _train_parser(resume), help="train a model into a run folder")
+
+    sub = _new("Accuracy and confusion matrix of a run's best model on its test images.")
+    sub.add_argument("run", help="run folder")
+    sub.add_argument("--data-dir", type=str | None, default=None, help="where the data lies now, if it moved")
+    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    commands.add_subcommand("eval", sub, help="measure a trained model")
+
+    sub = _new(
+        "Class and probability of image files (PNG, JPEG, ...; any size, grey or RGB). The middle square is brought to "
+        "the model's size and normalised as in training. Digits and MNIST models expect light ink on a dark ground, "
+        "filling the picture as their training images do."
+    )
+    sub.add_argument("run", help="run folder")
+    sub.add_argument("images", nargs="+", help="image files")
+    sub.add_argument("--invert", action="store_true", help="turn light into dark first: for ink on paper")
+    sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
+    commands.add_subcommand("predict", sub, help="classify images with a trained model")
+
+    sub = _new("Which kernels run each op on this machine and why; with a run folder, which ones ran there.")
+    sub.add_argument("run", nargs="?", help="run folder")
+    commands.add_subcommand("explain", sub, help="show which kernels run")
+    commands.add_subcommand(
+        "env", _new("Versions, GPUs and backends, for a bug report."), help="show versions and GPUs"
+    )
+    return parser
+
+
+def _new(description, **kwargs):
+    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, **kwargs)
+
+
+def _train_parser(resume):
+    from fastcnn.train.config import TrainConfig
+
+    parser = _new("Train a model. Everything the run needs and gives is in its run folder.")
+    parser.add_argument("--config", action="config", help="YAML or JSON file with any of these options")
+    for spec in fields(TrainConfig):
+        default = spec.default_factory() if spec.default is MISSING else spec.default
+        kind = {"action": "store_true"} if spec.name == "resume" else {"type": spec.type}
+        parser.add_argument(f"--{spec.name.replace('_', '-')}", default=default, help=spec.metadata["help"], **kind)
+    if resume is not None:
+        from fastcnn.train.evaluate import load_config
+
+        parser.set_defaults({**load_config(resume).saved(), "out": resume})
+    return parser
+
+
+def _train_config(options):
+    from fastcnn.train.config import TrainConfig
+
+    return TrainConfig(**{spec.name: options[spec.name] for spec in fields(TrainConfig)})
+
+
+def _how_to_resume(options):
+    return f"; continue with: fastcnn train --resume --out {shlex.quote(_train_config(options).out)}"
+
+
+def _train(options):
+    from fastcnn.train import train
+
+    train(_train_config(options))
+    return 0
+
+
+def _eval(options):
+    from fastcnn.train import load_run
+
+    run = load_run(options.run, options.device)
+    result = run.evaluate(options.data_dir)
+    confusion, total = result["confusion"], int(result["confusion"].sum())
+    print(f"{result['split']} accuracy {result['accuracy']:.2%} ({int(confusion.trace())} of {total} images)")
+    if len(run.classes) <= 20:
+        width = max(map(len, [*run.classes, str(int(confusion.max()))])) + 2
+        print("rows: true class, columns: predicted class")
+        print(" " * width + "".join(name.rjust(width) for name in run.classes))
+        for name, row in zip(run.classes, confusion.tolist(), strict=True):
+            print(name.rjust(width) + "".join((str(n) if n else ".").rjust(width) for n in row))
+    return 0
+
+
+def _predict(options):
+    from fastcnn.train import load_run
+
+    run = load_run(options.run, options.device)
+    for path, row in zip(options.images, run.predict(options.images, options.invert), strict=True):
+        probability, index = row.max(0)
+        # a file name may be no valid text
+        name = os.fsencode(path).decode(errors="replace")
+        print(f"{name}  {run.classes[index]}  {probability:.1%}")
+    return 0
+
+
+def _explain(options):
+    if options.run is None:
+        from fastcnn import explain
+
+        print(explain())
+        return 0
+    path = Path(options.run) / "kernels.txt"
+    if not path.exists():
+        raise ValueError(f"{options.run} holds no finished run: there is no kernels.txt")
+    print(path.read_text(), end="")
+    return 0
+
+
+def _env(options):
+    from fastcnn import env
+
+    print(env())
+    return 0
+
+
+COMMANDS = {"train": _train, "eval": _eval, "predict": _predict, "explain": _explain, "env": _env}

@@ -1,0 +1,7 @@
+"""Training: `train(TrainConfig(model="lenet5", data="digits"))`, and `load_run(folder)` to use what came out."""
+
+from fastcnn.train.config import TrainConfig
+from fastcnn.train.evaluate import Run, evaluate, load_run
+from fastcnn.train.loop import train
+
+__all__ = ["Run", "TrainConfig", "evaluate", "load_run", "train"]

@@ -1,0 +1,342 @@
+"""The trainer: what a run folder holds, exact resume, refusals."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from fastcnn.data import load_data
+from fastcnn.train import TrainConfig, load_run, loop, train
+from fastcnn.train.checkpoint import load_checkpoint, save_checkpoint
+from fastcnn.train.loop import best_row, learning_rate
+
+TIMES = ("images_per_second", "seconds")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A tenth of the digits: the real thing takes seconds per epoch."""
+    data = load_data("digits")
+    data.train = data.train.subset(torch.arange(0, len(data.train), 10))
+    return data
+
+
+@pytest.fixture(autouse=True)
+def small(digits, monkeypatch):
+    monkeypatch.setattr(loop, "load_data", lambda *args, **kwargs: digits)
+
+
+def config(out, **options):
+    return TrainConfig(**{"epochs": 4, "out": str(out), **options})
+
+
+def rows(out):
+    with open(out / "metrics.csv") as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+def assert_same(a, b):
+    """Equal to the last bit, times excepted."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a.keys() - set(TIMES):
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(one, other):
+    assert rows(one) == rows(other)
+    for name in ("best.pt", "last.pt"):
+        assert_same(load_checkpoint(one / name), load_checkpoint(other / name))
+
+
+def stop_after(monkeypatch, epochs):
+    """Ctrl-C in the epoch after that many."""
+    original = loop.batches
+
+    def interrupted(*args, **kwargs):
+        if kwargs.get("train") is not None and kwargs["train"][1] > epochs:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "batches", interrupted)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, digits):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "load_data", lambda *args, **kwargs: digits)
+        torch.set_num_threads(1)
+        summary = train(config(out))
+    return out, summary
+
+
+def test_run_folder(finished):
+    out, summary = finished
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["parameters"] == 61_706 and summary["test_images"] == 360 and summary["epochs"] == 4
+    assert 0.2 < summary["test_accuracy"] <= 1 and summary["seconds"] > 0
+    assert [int(row["epoch"]) for row in rows(out)] == [1, 2, 3, 4]
+    losses = [float(row["train_loss"]) for row in rows(out)]
+    assert losses[-1] < 0.9 * losses[0]
+    for name, color in (("curves.png", 4), ("confusion.png", 4), ("filters.png", 4)):
+        with Image.open(out / name) as image:
+            image.load()
+            assert min(image.size) > 50 and len(image.getbands()) == color and len(image.getcolors(10**6)) > 10
+    assert "cross_entropy" in (out / "kernels.txt").read_text() or "relu" in (out / "kernels.txt").read_text()
+    saved = json.loads((out / "config.json").read_text())
+    assert saved["seed"] == 0 and "resume" not in saved
+    assert not list(out.glob("*.tmp"))
+    scalars = tensorboard(out)
+    assert scalars["val_accuracy"] == [
+        (i + 1, pytest.approx(float(row["val_accuracy"]))) for i, row in enumerate(rows(out))
+    ]
+
+
+def tensorboard(out):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard")).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(out))
+    assert len(rows(out)) == 2 and not (out / "summary.json").exists()
+    torch.rand(5)  # a new process has another random state
+    summary = train(config(out, resume=True))
+    assert_same_run(finished[0], out)
+    assert summary["test_accuracy"] == finished[1]["test_accuracy"]
+    assert [step for step, _ in tensorboard(out)["lr"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(optimizer="sgd", lr=0.05, weight_decay=1e-3, scheduler="constant", label_smoothing=0.1, augment=False),
+        dict(optimizer="adamw", channels_last=True, amp="bf16", model_args={"activation": "tanh", "pool": "avg"}),
+        dict(amp="fp16", batch_size=25, seed=3),
+    ],
+    ids=["sgd", "bf16-channels_last", "fp16"],
+)
+def test_options_train_and_resume(tmp_path, monkeypatch, options):
+    options = {**options, "epochs": 2}
+    train(config(tmp_path / "whole", **options))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path / "stopped", **options))
+    train(config(tmp_path / "stopped", **options, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    result = load_run(tmp_path / "stopped").evaluate()
+    assert result["accuracy"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["test_accuracy"]
+
+
+def test_resume_from_before_the_first_epoch(finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path))
+    train(config(tmp_path, resume=True))
+    assert_same_run(finished[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["best.pt", "last.pt", "metrics.csv", "summary.json"])
+def test_resume_after_dying_while_writing(finished, tmp_path, monkeypatch, name):
+    """The process dies just before one of its files gets its name, in the last epoch that writes it."""
+    original, seen = os.replace, []
+
+    def dies(source, target):
+        seen.append(str(target))
+        if str(target).endswith(name) and (name == "summary.json" or len([t for t in seen if t.endswith(name)]) == 2):
+            raise SystemExit("killed")
+        return original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dies)
+        with pytest.raises(SystemExit):
+            train(config(tmp_path))
+    train(config(tmp_path, resume=True))
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_resume_when_finished_says_so(finished, capsys):
+    out, summary = finished
+    before = (out / "last.pt").read_bytes()
+    assert train(config(out, resume=True)) == summary
+    assert "has finished its 4 epochs: nothing to resume" in capsys.readouterr().out
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_a_run_is_never_overwritten(finished):
+    out, _ = finished
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a run .last.pt.; continue it with --resume or choose another"):
+        train(config(out))
+    with pytest.raises(ValueError, match="was begun with lr 0.002 and cannot be resumed with 0.1"):
+        train(config(out, lr=0.1, resume=True))
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(ValueError, match="holds no run of fastcnn train: there is no config.json"):
+        train(config(tmp_path, resume=True))
+
+
+def test_two_trainers_on_one_folder(tmp_path):
+    with loop._lock(tmp_path):
+        with pytest.raises(ValueError, match="another process is training in"):
+            train(config(tmp_path))
+    assert train(config(tmp_path, epochs=1))["epochs"] == 1
+
+
+def test_nan_stops_before_the_checkpoint_is_overwritten(tmp_path, monkeypatch):
+    original = loop.to_input
+
+    def poisoned(*args):
+        images = original(*args)
+        return images * math.nan if len(rows(tmp_path) if (tmp_path / "metrics.csv").exists() else ()) == 2 else images
+
+    monkeypatch.setattr(loop, "to_input", poisoned)
+    with pytest.raises(FloatingPointError, match="training loss became nan in epoch 3.*last.pt keeps epoch 2.*--lr"):
+        train(config(tmp_path))
+    checkpoint = load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["epoch"] == 2
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+
+
+def test_too_high_a_rate_is_told(tmp_path):
+    with pytest.raises(FloatingPointError, match="loss became (nan|inf) in epoch 1 .*no checkpoint was written"):
+        train(config(tmp_path, optimizer="sgd", lr=1e30))
+
+
+def test_resume_refuses_a_damaged_or_foreign_checkpoint(finished, tmp_path):
+    out, _ = finished
+    for name in ("config.json", "last.pt", "best.pt"):
+        (tmp_path / name).write_bytes((out / name).read_bytes())
+    last = load_checkpoint(out / "last.pt")
+    cases = [
+        ({**last, "config": {**last["config"], "model": "resnet18"}}, "is of another run: its model is 'resnet18'"),
+        ({**last, "config": None}, "does not say how it was made"),
+        ({**last, "optimizer": {"state": {}, "param_groups": []}}, "cannot be resumed"),
+        ({k: v for k, v in last.items() if k != "optimizer"}, "cannot be resumed: 'optimizer'"),
+        ({**last, "input": {**last["input"], "mean": [0.0]}}, "images of digits are no longer those"),
+    ]
+    for content, message in cases:
+        save_checkpoint(tmp_path / "last.pt", content)
+        with pytest.raises(ValueError, match=message):
+            train(config(tmp_path, resume=True))
+    (tmp_path / "last.pt").write_bytes((out / "last.pt").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="last.pt is not a whole checkpoint"):
+        train(config(tmp_path, resume=True))
+    (tmp_path / "best.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match="best.pt is not a whole checkpoint"):
+        load_run(tmp_path)
+    (tmp_path / "config.json").write_text('{"model": "lenet5", "epochz": 3}')
+    with pytest.raises(ValueError, match="config.json is damaged or of another version"):
+        load_run(tmp_path)
+
+
+def test_kill_9_while_training_then_resume(finished, tmp_path):
+    """A real process, killed at a real time, with the real subset through a small wrapper."""
+    script = (
+        "import torch\n"
+        "from fastcnn.train import TrainConfig, loop\n"
+        "data = loop.load_data('digits')\n"
+        "data.train = data.train.subset(torch.arange(0, len(data.train), 10))\n"
+        "loop.load_data = lambda *args, **kwargs: data\n"
+        "torch.set_num_threads(1)\n"
+        f"loop.train(TrainConfig(epochs=4, out={str(tmp_path)!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "last.pt").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "last.pt").exists() and not (tmp_path / "summary.json").exists()
+    train(config(tmp_path, resume=True))
+    assert_same_run(finished[0], tmp_path)
+
+
+def test_folder_without_a_test_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "load_data", load_data)
+    for part in ("train", "val"):
+        for label, name in enumerate(("dark", "light")):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(9):
+                image = Image.new("L", (40, 36), 200 * label + 5 * i)
+                image.save(tmp_path / "data" / part / name / f"{i}.png")
+    options = dict(data="folder", data_dir=str(tmp_path / "data"), channels=1, epochs=3, batch_size=4)
+    summary = train(config(tmp_path / "run", **options))
+    assert summary["test_accuracy"] is None and summary["val_accuracy"] == 1
+    run = load_run(tmp_path / "run")
+    assert run.evaluate()["split"] == "val"
+    light = tmp_path / "data" / "val" / "light" / "8.png"
+    assert run.classes[run.predict([light])[0].argmax()] == "light"
+    assert run.classes[run.predict([light], invert=True)[0].argmax()] == "dark"
+
+
+def test_learning_rate_and_best():
+    cosine, constant = config("x", lr=1.0), config("x", lr=1.0, scheduler="constant")
+    assert [round(learning_rate(cosine, step, 4), 3) for step in range(5)] == [1.0, 0.854, 0.5, 0.146, 0.0]
+    assert learning_rate(constant, 3, 4) == 1.0
+    history = [
+        {"epoch": 1, "val_accuracy": 0.9, "val_loss": 0.1},
+        {"epoch": 2, "val_accuracy": 0.95, "val_loss": 0.3},
+        {"epoch": 3, "val_accuracy": 0.95, "val_loss": 0.2},
+        {"epoch": 4, "val_accuracy": 0.95, "val_loss": 0.2},
+    ]
+    assert best_row(history)["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        (dict(epochs=0), ValueError, "epochs must be at least 1, got 0"),
+        (dict(epochs=True), TypeError, "epochs must be int, got True"),
+        (dict(epochs=2.0), TypeError, "epochs must be int, got 2.0"),
+        (dict(lr=0), ValueError, "lr must be more than 0, got 0.0"),
+        (dict(lr=math.nan), ValueError, "lr must be finite, got nan"),
+        (dict(lr="fast"), TypeError, "lr must be float, got 'fast'"),
+        (dict(momentum=-1), ValueError, "momentum must be at least 0, got -1.0"),
+        (dict(label_smoothing=1.5), ValueError, "label_smoothing must be at most 1, got 1.5"),
+        (dict(optimizer="adma"), ValueError, "unknown optimizer 'adma': did you mean 'adam'"),
+        (dict(amp="bfloat16"), ValueError, "unknown amp 'bfloat16': did you mean 'bf16'"),
+        (dict(channels=2), ValueError, "channels must be one of 1, 3, got 2"),
+        (dict(workers=-1), ValueError, "workers must be at least 0, got -1"),
+        (dict(data_dir=5), TypeError, "data_dir must be str or None, got 5"),
+        (dict(model="lenet6"), ValueError, "did you mean 'lenet5'"),
+        (dict(data="mnits"), ValueError, "did you mean 'mnist'"),
+    ],
+)
+def test_config_mistakes_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        TrainConfig(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_where_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="device is 'cuda' and PyTorch finds no GPU"):
+        train(config(tmp_path, device="cuda"))
