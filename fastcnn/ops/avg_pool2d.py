@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastcnn.backends import Op
 from fastcnn.ops import common, pooling
 
-OP = Op("avg_pool2d", cpu_kernel=False, cpu_auto=False, why="")
+OP = Op("avg_pool2d", cpu_kernel=True, cpu_auto=True, why="")
 
 
 def avg_pool2d_reference(
@@ -24,6 +24,8 @@ def avg_pool2d_reference(
 def _why_not(backend, input):
     if input.dtype not in common.FLOATS:
         return f"avg_pool2d has kernels for floating-point tensors and got {input.dtype}"
+    if backend == "cpu" and input.dtype not in (torch.float32, torch.float64):
+        return f"the CPU kernel of avg_pool2d takes float32 and float64 and got {input.dtype}"
     return None
 
 
@@ -41,13 +43,22 @@ def _empty_output(input, window, ceil_mode, *_):
 
 def avg_pool2d_forward(input, window, ceil_mode, count_include_pad, divisor_override, backend):
     """Launch the kernel on an input of any strides; returns the output."""
-    from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_forward_kernel
-
     output = _empty_output(input, window, ceil_mode)
     if output.numel() == 0:
         return output
+    channels_last = pooling.follows_channels_last(input)
+    if backend == "cpu":
+        from fastcnn.kernels.cpu import avg_pool2d as kernels
+
+        kernel = kernels.avg_pool2d_forward_channels_last if channels_last else kernels.avg_pool2d_forward
+        pooling.run_on_cpu(
+            kernel, (input, output), channels_last, *window[:6], count_include_pad, divisor_override or 0
+        )
+        return output
+    from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_forward_kernel
+
     x, y = pooling.batched(input), pooling.batched(output)
-    grid, arguments = pooling.launch_arguments(y.shape, pooling.follows_channels_last(input))
+    grid, arguments = pooling.launch_arguments(y.shape, channels_last)
     with common.device_guard(input):
         avg_pool2d_forward_kernel[grid](
             x, y, *x.stride(), H=x.shape[2], W=x.shape[3], P=y.shape[2], Q=y.shape[3],
@@ -59,13 +70,20 @@ def avg_pool2d_forward(input, window, ceil_mode, count_include_pad, divisor_over
 
 def avg_pool2d_backward(grad_output, input_shape, channels_last, window, count_include_pad, divisor_override, backend):
     """grad_input in the layout that the output had."""
-    from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_backward_kernel
-
     grad_input = pooling.empty(input_shape, grad_output, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    dy = pooling.batched(grad_output).contiguous(memory_format=pooling.memory_format(channels_last))
-    dx = pooling.batched(grad_input)
+    if backend == "cpu":
+        from fastcnn.kernels.cpu import avg_pool2d as kernels
+
+        kernel = kernels.avg_pool2d_backward_channels_last if channels_last else kernels.avg_pool2d_backward
+        pooling.run_on_cpu(
+            kernel, (grad_output, grad_input), channels_last, *window[:6], count_include_pad, divisor_override or 0
+        )
+        return grad_input
+    from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_backward_kernel
+
+    dy, dx = pooling.as_dense(grad_output, channels_last), pooling.batched(grad_input)
     # a window's extent over its step: how many windows can cover one pixel
     cover_h, cover_w = ((window[i] - 1) // window[i + 2] + 1 for i in (0, 1))
     grid, arguments = pooling.launch_arguments(dx.shape, channels_last)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fastcnn.backends import Op
 from fastcnn.ops import common, pooling
 
-OP = Op("max_pool2d", cpu_kernel=False, cpu_auto=False, why="")
+OP = Op("max_pool2d", cpu_kernel=True, cpu_auto=True, why="")
 
 
 def max_pool2d_reference(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
@@ -20,9 +20,15 @@ def max_pool2d_reference(input, kernel_size, stride=None, padding=0, dilation=1,
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
-def _why_not(backend, input):
+def _why_not(backend, input, window):
     if input.dtype not in common.FLOATS:
         return f"max_pool2d has kernels for floating-point tensors and got {input.dtype}"
+    if backend == "cpu":
+        if input.dtype not in (torch.float32, torch.float64):
+            return f"the CPU kernel of max_pool2d takes float32 and float64 and got {input.dtype}"
+        # such a window can step over the image: no tap inside, and no place for its gradient
+        if any(dilation > size for dilation, size in zip(window[6:], input.shape[-2:], strict=True)):
+            return f"the CPU kernel of max_pool2d needs a dilation within the image and got {tuple(window[6:])}"
     return None
 
 
@@ -47,12 +53,19 @@ def _meta(window):
 
 def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
     """Launch the kernel on an input of any strides; returns the output and its taps (of size 0 unless with_taps)."""
-    from fastcnn.kernels.triton.max_pool2d import max_pool2d_forward_kernel
-
     output, taps = _empty_outputs(input, window, ceil_mode, with_taps)
     if output.numel() == 0:
         return output, taps
     channels_last = pooling.follows_channels_last(input)
+    if backend == "cpu":
+        from fastcnn.kernels.cpu import max_pool2d as kernels
+
+        kernel = kernels.max_pool2d_forward_channels_last if channels_last else kernels.max_pool2d_forward
+        kept = taps if with_taps else torch.empty_like(output, dtype=_tap_dtype(window))
+        pooling.run_on_cpu(kernel, (input, output, kept), channels_last, *window)
+        return output, taps
+    from fastcnn.kernels.triton.max_pool2d import max_pool2d_forward_kernel
+
     x, y = pooling.batched(input), pooling.batched(output)
     grid, arguments = pooling.launch_arguments(y.shape, channels_last)
     with common.device_guard(input):
@@ -65,13 +78,18 @@ def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
 
 def max_pool2d_backward(grad_output, taps, input_shape, channels_last, window, backend):
     """grad_input in the layout that the output had."""
-    from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_kernel
-
     grad_input = pooling.empty(input_shape, grad_output, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    dy = pooling.batched(grad_output).contiguous(memory_format=pooling.memory_format(channels_last))
-    dx = pooling.batched(grad_input)
+    if backend == "cpu":
+        from fastcnn.kernels.cpu import max_pool2d as kernels
+
+        kernel = kernels.max_pool2d_backward_channels_last if channels_last else kernels.max_pool2d_backward
+        pooling.run_on_cpu(kernel, (grad_output, taps, grad_input), channels_last, *window)
+        return grad_input
+    from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_kernel
+
+    dy, dx = pooling.as_dense(grad_output, channels_last), pooling.batched(grad_input)
     # a window's extent over its step: how many windows can cover one pixel
     cover_h, cover_w = ((window[i] - 1) * window[i + 6] // window[i + 2] + 1 for i in (0, 1))
     grid, arguments = pooling.launch_arguments(dx.shape, channels_last)
@@ -105,7 +123,8 @@ def _flat_indices(taps, width, window):
     q = torch.arange(taps.shape[-1], device=taps.device)
     h = p * stride_h - pad_h + tap.div(s, rounding_mode="floor") * dilation_h
     w = q * stride_w - pad_w + tap.remainder(s) * dilation_w
-    return h * width + w
+    # copied, because arithmetic forgets strides of dimensions of size one
+    return torch.empty_like(tap).copy_(h * width + w)
 
 
 class MaxPool2dFunction(torch.autograd.Function):
@@ -167,7 +186,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     window = pooling.window(input, kernel_size, stride, padding, dilation, ceil_mode)
     if not isinstance(return_indices, bool):
         raise TypeError(f"return_indices must be a bool, got {return_indices!r}")
-    backend = OP.route(input, lambda candidate: _why_not(candidate, input))
+    backend = OP.route(input, lambda candidate: _why_not(candidate, input, window))
     if backend == "torch":
         return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     if torch.is_grad_enabled() and input.requires_grad:

@@ -84,6 +84,21 @@ def batched(tensor):
     return tensor.unsqueeze(0) if tensor.dim() == 3 else tensor
 
 
+def as_dense(tensor, channels_last):
+    """A 3-D or 4-D tensor as a dense batch in this layout: the same memory where it is one already."""
+    return batched(tensor).contiguous(memory_format=memory_format(channels_last))
+
+
+def run_on_cpu(kernel, tensors, channels_last, *arguments):
+    """Call a numba kernel on the memory of tensors: [N, H, W, C] (channels_last) or [N*C, H, W]."""
+    arrays = []
+    for tensor in tensors:
+        dense = as_dense(tensor.detach(), channels_last)
+        arrays.append((dense.permute(0, 2, 3, 1) if channels_last else dense.flatten(0, 1)).numpy())
+    common.cpu_threads(max(array.size for array in arrays))
+    kernel(*arrays, *arguments)
+
+
 def launch_arguments(shape, channels_last):
     """(grid, arguments) of a kernel that writes a dense tensor of this 4-D shape as [rows, columns] tiles."""
     n, c, h, w = shape

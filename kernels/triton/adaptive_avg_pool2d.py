@@ -49,8 +49,8 @@ def global_avg_pool2d_forward_kernel(
     rows, columns, C, H, W,
     CHANNELS_LAST: tl.constexpr, INT64: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    # one program computes the means of BLOCK_B channels of an image, BLOCK_A pixels at a time (channels_last; rows counts
-    # the pixels of an image), or of BLOCK_A planes, BLOCK_B pixels at a time (contiguous; columns counts those pixels)
+    # one program computes the means of BLOCK_B channels of an image, BLOCK_A pixels at a time (channels_last; rows is
+    # the number of its pixels), or of BLOCK_A planes, BLOCK_B pixels at a time (contiguous; columns is that number)
     pid = tl.program_id(0)
     if INT64:
         pid = pid.to(tl.int64)
