@@ -8,6 +8,7 @@ import torch.nn.functional
 from fastcnn.ops.activation import gelu, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from fastcnn.ops.adaptive_avg_pool2d import adaptive_avg_pool2d
 from fastcnn.ops.avg_pool2d import avg_pool2d
+from fastcnn.ops.batch_norm import batch_norm
 from fastcnn.ops.conv2d import conv2d
 from fastcnn.ops.conv_transpose2d import conv_transpose2d
 from fastcnn.ops.dropout import dropout
@@ -17,6 +18,7 @@ from fastcnn.ops.max_pool2d import max_pool2d
 __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
+    "batch_norm",
     "conv2d",
     "conv_transpose2d",
     "dropout",
