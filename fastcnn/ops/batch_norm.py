@@ -91,6 +91,8 @@ def _statistics_dtype(x):
 def _why_not(backend, x, parameters, training):
     if x.dtype not in common.FLOATS:
         return f"batch_norm has kernels for floating-point tensors and got {x.dtype}"
+    if x.dim() < 2:
+        return "batch_norm has kernels for two dimensions or more"
     if not all(t is None or t.is_contiguous() for t in parameters):
         return "batch_norm has kernels for contiguous weight, bias and running statistics"
     if backend == "cpu" and x.dtype not in (torch.float32, torch.float64):
@@ -323,7 +325,7 @@ def batch_norm(input, running_mean, running_var, weight=None, bias=None, trainin
 
 def _check(input, running_mean, running_var, weight, bias, training, momentum, eps):
     common.check_tensor("input", input)
-    if input.dim() < 2:
+    if input.dim() < 2 and input.numel() > 0:
         raise ValueError(f"input must have at least 2 dimensions, [N, C, ...], got shape {tuple(input.shape)}")
     common.check_float("input", input)
     if not isinstance(training, bool):
@@ -338,7 +340,7 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
         raise ValueError("running_mean and running_var must be both tensors or both None")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var must be defined in evaluation mode, got None")
-    N, C = input.shape[:2]
+    N, C = input.shape[:2] if input.dim() > 1 else (0, 0)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     parameters = {name: tensor for name, tensor in parameters.items() if tensor is not None}
     first = next(iter(parameters), None)
