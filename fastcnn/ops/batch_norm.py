@@ -40,6 +40,11 @@ class _View(NamedTuple):
     stride_c: int
 
 
+def _channels(x):
+    # torch takes an empty 1-D tensor, too
+    return x.shape[1] if x.dim() > 1 else 0
+
+
 def _memory_format(x):
     """The layout of the output: channels_last if x is, else contiguous; as torch."""
     if not x.is_contiguous():
@@ -91,8 +96,6 @@ def _statistics_dtype(x):
 def _why_not(backend, x, parameters, training):
     if x.dtype not in common.FLOATS:
         return f"batch_norm has kernels for floating-point tensors and got {x.dtype}"
-    if x.dim() < 2:
-        return "batch_norm has kernels for two dimensions or more"
     if not all(t is None or t.is_contiguous() for t in parameters):
         return "batch_norm has kernels for contiguous weight, bias and running statistics"
     if backend == "cpu" and x.dtype not in (torch.float32, torch.float64):
@@ -196,7 +199,7 @@ def batch_norm_backward(grad_output, x, weight, mean, spread, training, eps, nee
 
 def _as_view(x):
     memory_format = _memory_format(x)
-    return x.contiguous(memory_format=memory_format), _view(x.shape, memory_format), x.shape[1]
+    return x.contiguous(memory_format=memory_format), _view(x.shape, memory_format), _channels(x)
 
 
 def _run_on_cpu(kernel, view, C, tensors, parameters, *scalars):
@@ -225,14 +228,14 @@ def _allocate_output(x):
 
 
 def _allocate_forward(x):
-    statistics = x.new_empty((2, x.shape[1]), dtype=_statistics_dtype(x))
+    statistics = x.new_empty((2, _channels(x)), dtype=_statistics_dtype(x))
     return _allocate_output(x), statistics[0], statistics[1]
 
 
 def _allocate_backward(x, weight, need_input, need_params):
     grad_input = torch.empty_like(x.contiguous(memory_format=_memory_format(x))) if need_input else x.new_empty(0)
     like = x if weight is None else weight
-    sizes = (x.shape[1],) if need_params else (0,)
+    sizes = (_channels(x),) if need_params else (0,)
     return grad_input, like.new_empty(sizes), like.new_empty(sizes)
 
 
@@ -340,7 +343,7 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
         raise ValueError("running_mean and running_var must be both tensors or both None")
     if not training and running_mean is None:
         raise ValueError("running_mean and running_var must be defined in evaluation mode, got None")
-    N, C = input.shape[:2] if input.dim() > 1 else (0, 0)
+    C = _channels(input)
     parameters = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     parameters = {name: tensor for name, tensor in parameters.items() if tensor is not None}
     first = next(iter(parameters), None)
@@ -357,5 +360,5 @@ def _check(input, running_mean, running_var, weight, bias, training, momentum, e
     for name in ("running_mean", "running_var"):
         if name in parameters and parameters[name].requires_grad:
             raise ValueError(f"{name} must not require a gradient")
-    if training and N * math.prod(input.shape[2:]) == 1:
+    if training and input.dim() > 1 and input.shape[0] * math.prod(input.shape[2:]) == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(input.shape)}")
