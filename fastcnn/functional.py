@@ -11,6 +11,7 @@ from fastcnn.ops.avg_pool2d import avg_pool2d
 from fastcnn.ops.batch_norm import batch_norm
 from fastcnn.ops.conv2d import conv2d
 from fastcnn.ops.conv_transpose2d import conv_transpose2d
+from fastcnn.ops.cross_entropy import cross_entropy
 from fastcnn.ops.dropout import dropout
 from fastcnn.ops.linear import linear
 from fastcnn.ops.max_pool2d import max_pool2d
@@ -21,6 +22,7 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "conv_transpose2d",
+    "cross_entropy",
     "dropout",
     "gelu",
     "hardswish",
