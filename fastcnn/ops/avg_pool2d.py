@@ -8,10 +8,15 @@ Counterpart: torch.nn.functional.avg_pool2d.
 import torch
 import torch.nn.functional as F
 
-from fastcnn.backends import Op
+from fastcnn.backends import Op, current_backend
 from fastcnn.ops import common, pooling
 
-OP = Op("avg_pool2d", cpu_kernel=True, cpu_auto=True, why="")
+OP = Op(
+    "avg_pool2d",
+    cpu_kernel=True,
+    cpu_auto=True,
+    why="contiguous windows of up to 3x3: forward and backward 1.4 to 3 times as fast as PyTorch, which runs the rest",
+)
 
 
 def avg_pool2d_reference(
@@ -21,11 +26,15 @@ def avg_pool2d_reference(
     return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
 
 
-def _why_not(backend, input):
+def _why_not(backend, input, window):
     if input.dtype not in common.FLOATS:
         return f"avg_pool2d has kernels for floating-point tensors and got {input.dtype}"
-    if backend == "cpu" and input.dtype not in (torch.float32, torch.float64):
-        return f"the CPU kernel of avg_pool2d takes float32 and float64 and got {input.dtype}"
+    if backend == "cpu":
+        if input.dtype not in (torch.float32, torch.float64):
+            return f"the CPU kernel of avg_pool2d takes float32 and float64 and got {input.dtype}"
+        if current_backend() == "auto":
+            if pooling.follows_channels_last(input) or window[0] * window[1] > 9 or input.numel() < 2**17:
+                return "in channels_last, for windows above 3x3 and below 131072 elements PyTorch was measured faster"
     return None
 
 
@@ -148,7 +157,7 @@ def avg_pool2d(
     Args:
         input: [N, C, H, W] or [C, H, W]; the batch may be empty, nothing else.
         kernel_size, stride, padding: int or pair; stride None means kernel_size. Padding counts as 0 and is at most
-            half of the window.
+            half of the kernel.
         ceil_mode: round the output size up, if the added window begins inside the image or the padding before it.
         count_include_pad: whether padding counts in the divisor; what ceil_mode adds beyond the padding never does.
         divisor_override: an int to divide by instead of the number of pixels.
@@ -167,7 +176,7 @@ def avg_pool2d(
             raise TypeError(f"divisor_override must be an int or None, got {divisor_override!r}")
         if divisor_override == 0:
             raise ValueError("divisor_override must not be 0")
-    backend = OP.route(input, lambda candidate: _why_not(candidate, input))
+    backend = OP.route(input, lambda candidate: _why_not(candidate, input, window))
     if backend == "torch":
         return F.avg_pool2d(input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return AvgPool2dFunction.apply(input, window, ceil_mode, count_include_pad, divisor_override, backend)

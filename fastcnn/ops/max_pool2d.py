@@ -9,10 +9,15 @@ Counterpart: torch.nn.functional.max_pool2d.
 import torch
 import torch.nn.functional as F
 
-from fastcnn.backends import Op
+from fastcnn.backends import Op, current_backend
 from fastcnn.ops import common, pooling
 
-OP = Op("max_pool2d", cpu_kernel=True, cpu_auto=True, why="")
+OP = Op(
+    "max_pool2d",
+    cpu_kernel=True,
+    cpu_auto=True,
+    why="1.3 to 5 times as fast as PyTorch (contiguous), equally fast (channels_last), a fraction of the saved bytes",
+)
 
 
 def max_pool2d_reference(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
@@ -29,6 +34,10 @@ def _why_not(backend, input, window):
         # such a window can step over the image: no tap inside, and no place for its gradient
         if any(dilation > size for dilation, size in zip(window[6:], input.shape[-2:], strict=True)):
             return f"the CPU kernel of max_pool2d needs a dilation within the image and got {tuple(window[6:])}"
+        if current_backend() == "auto":
+            least = 2**20 if pooling.follows_channels_last(input) else 2**15
+            if input.numel() < least:
+                return f"below {least} elements in this layout PyTorch was measured faster"
     return None
 
 
@@ -172,7 +181,7 @@ def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode
     Args:
         input: [N, C, H, W] or [C, H, W]; the batch may be empty, nothing else.
         kernel_size, stride, padding, dilation: int or pair; stride None means kernel_size. Padding counts as -inf and
-            is at most half of the window's extent.
+            is at most half of the kernel.
         ceil_mode: round the output size up, if the added window begins inside the image or the padding before it.
         return_indices: also return where in its plane each maximum lies.
 

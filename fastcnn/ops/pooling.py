@@ -11,7 +11,7 @@ def window(input, kernel_size, stride, padding, dilation, ceil_mode):
     """Check the arguments of a pooling window.
 
     Returns:
-        [R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w]. Padding is at most half the window's extent,
+        [R, S, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w]. Padding is at most half the kernel,
         and the output has at least one pixel.
     """
     common.check_tensor("input", input, (3, 4))
@@ -26,12 +26,10 @@ def window(input, kernel_size, stride, padding, dilation, ceil_mode):
     dilation = common.pair("dilation", dilation, 1)
     if not isinstance(ceil_mode, bool):
         raise TypeError(f"ceil_mode must be a bool, got {ceil_mode!r}")
-    for k, pad, dil in zip(kernel, padding, dilation, strict=True):
-        if 2 * pad > (k - 1) * dil + 1:
-            raise ValueError(
-                f"padding must be at most half of the window's extent, got padding {tuple(padding)} "
-                f"for kernel_size {tuple(kernel)} and dilation {tuple(dilation)}"
-            )
+    if 2 * padding[0] > kernel[0] or 2 * padding[1] > kernel[1]:
+        raise ValueError(
+            f"padding must be at most half of kernel_size, got {tuple(padding)} for kernel_size {tuple(kernel)}"
+        )
     result = [*kernel, *stride, *padding, *dilation]
     size = output_size(input.shape[-2:], result, ceil_mode)
     if size[0] < 1 or size[1] < 1:

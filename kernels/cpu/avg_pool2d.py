@@ -22,15 +22,30 @@ def inner_row(image, target, h0, w0, R, S, STRIDE_W, divisor):
         target[q] = total / divisor
 
 
+@numba.njit(inline="always")
+def inner_row_backward(image, source, h0, w0, R, S, STRIDE_W, divisor):
+    rows = image[h0 : h0 + R, w0:]
+    for q in range(len(source)):
+        g = source[q] / divisor
+        for r in range(R):
+            for s in range(S):
+                rows[r, q * STRIDE_W + s] += g
+
+
+@numba.njit(cache=True)
+def inner_columns(W, Q, S, stride_w, pad_w):
+    """The range of outputs whose windows lie between the left and the right edge."""
+    begin = min(Q, (pad_w + stride_w - 1) // stride_w)
+    return begin, max(begin, min(Q, (W + pad_w - S) // stride_w + 1))
+
+
 @numba.njit(parallel=True, cache=True)
 def avg_pool2d_forward(x, y, R, S, stride_h, stride_w, pad_h, pad_w, count_pad, override):
     # x [N*C, H, W]; y [N*C, P, Q]; override is 0 for none
     planes, H, W = x.shape
     P, Q = y.shape[1:]
     zero = x.dtype.type(0)
-    # the outputs whose windows lie between the left and the right edge
-    inner_begin = min(Q, (pad_w + stride_w - 1) // stride_w)
-    inner_end = max(inner_begin, min(Q, (W + pad_w - S) // stride_w + 1)) if W + pad_w >= S else inner_begin
+    inner_begin, inner_end = inner_columns(W, Q, S, stride_w, pad_w)
     full = x.dtype.type(override if override != 0 else R * S)
     for plane in numba.prange(planes):
         image = x[plane]
@@ -98,13 +113,30 @@ def avg_pool2d_backward(dy, dx, R, S, stride_h, stride_w, pad_h, pad_w, count_pa
     # dy [N*C, P, Q]; dx [N*C, H, W]. A plane belongs to one thread: the sums have one order
     planes, P, Q = dy.shape
     H, W = dx.shape[1:]
+    inner_begin, inner_end = inner_columns(W, Q, S, stride_w, pad_w)
+    full = dx.dtype.type(override if override != 0 else R * S)
     for plane in numba.prange(planes):
         image = dx[plane]
         image[:] = 0
         for p in range(P):
             h0 = p * stride_h - pad_h
             r0, r1 = max(0, -h0), min(R, H - h0)
-            for q in range(Q):
+            q = 0
+            while q < Q:
+                if q == inner_begin and inner_begin < inner_end and r0 == 0 and r1 == R:
+                    source, w0 = dy[plane, p, inner_begin:inner_end], inner_begin * stride_w - pad_w
+                    if R == 2 and S == 2 and stride_w == 2:
+                        inner_row_backward(image, source, h0, w0, 2, 2, 2, full)
+                        q = inner_end
+                        continue
+                    if R == 3 and S == 3 and stride_w == 2:
+                        inner_row_backward(image, source, h0, w0, 3, 3, 2, full)
+                        q = inner_end
+                        continue
+                    if R == 3 and S == 3 and stride_w == 1:
+                        inner_row_backward(image, source, h0, w0, 3, 3, 1, full)
+                        q = inner_end
+                        continue
                 w0 = q * stride_w - pad_w
                 s0, s1 = max(0, -w0), min(S, W - w0)
                 divisor = override
@@ -114,6 +146,7 @@ def avg_pool2d_backward(dy, dx, R, S, stride_h, stride_w, pad_h, pad_w, count_pa
                 for r in range(r0, r1):
                     for s in range(s0, s1):
                         image[h0 + r, w0 + s] += g
+                q += 1
 
 
 @numba.njit(parallel=True, cache=True)

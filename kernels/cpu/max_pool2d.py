@@ -34,7 +34,7 @@ def max_pool2d_forward(x, y, taps, R, S, stride_h, stride_w, pad_h, pad_w, dilat
     P, Q = y.shape[1:]
     # the outputs whose windows lie between the left and the right edge
     inner_begin = min(Q, (pad_w + stride_w - 1) // stride_w)
-    inner_end = max(inner_begin, min(Q, (W + pad_w - S) // stride_w + 1)) if W + pad_w >= S else inner_begin
+    inner_end = max(inner_begin, min(Q, (W + pad_w - S) // stride_w + 1))
     dense = dilation_h == 1 and dilation_w == 1
     for plane in numba.prange(planes):
         image = x[plane]
