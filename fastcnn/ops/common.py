@@ -141,5 +141,9 @@ def cpu_threads(elements):
     """Give the next numba kernel as many threads as PyTorch would use for this many elements: one for small tensors."""
     import numba
 
-    wanted = torch.get_num_threads() if elements >= 32768 else 1
+    threads = torch.get_num_threads()
+    wanted = threads if elements >= 32768 else 1
     numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    if torch.get_num_threads() != threads:
+        # the first call starts numba's OpenMP pool on all cores, a setting that PyTorch shares
+        torch.set_num_threads(threads)
