@@ -19,7 +19,7 @@ from torch.nn import _reduction as _Reduction
 from fastcnn.backends import Op
 from fastcnn.ops import common
 
-TILE = 4096  # logits per program at a time
+TILE = 2048  # logits per program at a time, half as many in fp64: more would spill registers
 FINALIZE_BLOCK = 1024
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -64,7 +64,8 @@ def _launch_plan(x, memory_format):
     else:
         strides = (C * inner, C, 1)
         block_c = min(_power_of_two(C), 1024)
-    how = dict(INT64=common.exceeds_int32(x), BLOCK_R=TILE // block_c, BLOCK_C=block_c)
+    tile = TILE // 2 if x.dtype == torch.float64 else TILE
+    how = dict(INT64=common.exceeds_int32(x), BLOCK_R=tile // block_c, BLOCK_C=block_c)
     return N * inner, (C, inner, *strides), how
 
 
@@ -83,7 +84,7 @@ def _two_floats(value):
 
 
 def _check_classes(target, classes, ignore_index):
-    """Raise IndexError for the first target that is no class. On a GPU it would wait for the result: CPU tensors only."""
+    """Raise IndexError for the first target that is no class. For CPU tensors: a GPU's answer takes a wait."""
     target = target.long()  # as uint8, ignore_index would wrap around
     bad = (target < 0) | (target >= classes)
     bad &= target != ignore_index
@@ -203,7 +204,12 @@ class CrossEntropyFunction(torch.autograd.Function):
         return grad, *[None] * 7
 
 
-_op = Op("cross_entropy", cpu_kernel=False, cpu_auto=False, why="")
+_op = Op(
+    "cross_entropy",
+    cpu_kernel=False,
+    cpu_auto=False,
+    why="PyTorch takes 34-68 us forward and backward at 10 classes, where an empty autograd function takes 24",
+)
 
 
 def cross_entropy(
