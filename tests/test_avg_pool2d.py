@@ -2,7 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastcnn
 import fastcnn.functional as fF
+from fastcnn.ops import avg_pool2d as op
 from fastcnn.ops import common
 from fastcnn.testing import assert_matches
 
@@ -129,6 +131,18 @@ def test_avg_pool2d_above_32_bit_offsets(lane, monkeypatch):
     x = torch.empty(3 * 2**30 + 8, device=lane.device).as_strided((4, 2, 2, 2), (2**30, 4, 2, 1))
     x.copy_(torch.arange(32, device=lane.device).view(4, 2, 2, 2))
     assert fF.avg_pool2d(x, 2).flatten().tolist() == [1.5 + 4 * i for i in range(8)]
+
+
+def test_avg_pool2d_on_cpu_runs_what_was_measured_faster():
+    window, big = [2, 2, 2, 2, 0, 0, 1, 1], torch.zeros(1, 128, 32, 32)
+    with fastcnn.backend("auto"):
+        assert op._why_not("cpu", big, window) is None
+        assert "measured faster" in op._why_not("cpu", big[:, :4], window)
+        assert "measured faster" in op._why_not("cpu", big.to(memory_format=torch.channels_last), window)
+        assert "measured faster" in op._why_not("cpu", big, [7, 7, *window[2:]])
+        assert "float32 and float64" in op._why_not("cpu", big.half(), window)
+    with fastcnn.backend("cpu"):
+        assert op._why_not("cpu", big[:, :4], window) is None
 
 
 def test_avg_pool2d_refuses_bad_arguments():

@@ -17,17 +17,9 @@ CASES = {
     "stem channels_last": ((1, 33, 11, 12), True, dict(kernel_size=3, stride=2, padding=1)),
     "3x3 stride 1": ((1, 2, 12, 30), False, dict(kernel_size=3, stride=1, padding=1)),
     "3x3 ceil": ((2, 3, 14, 15), False, dict(kernel_size=3, stride=2, ceil_mode=True)),
-    "last window begins in the padding": (
-        (1, 2, 7, 6),
-        False,
-        dict(kernel_size=2, stride=3, padding=1, ceil_mode=True),
-    ),
-    "dilation": ((1, 3, 19, 18), False, dict(kernel_size=(3, 2), stride=(2, 1), padding=(2, 1), dilation=(2, 3))),
-    "dilation channels_last": (
-        (2, 7, 19, 18),
-        True,
-        dict(kernel_size=3, stride=1, padding=2, dilation=2, ceil_mode=True),
-    ),
+    "last window in the padding": ((1, 2, 7, 6), False, dict(kernel_size=2, stride=3, padding=1, ceil_mode=True)),
+    "dilation": ((1, 3, 19, 18), False, dict(kernel_size=(3, 2), stride=(2, 1), padding=1, dilation=(2, 3))),
+    "dilation channels_last": ((2, 7, 19, 18), True, dict(kernel_size=4, padding=2, dilation=2, ceil_mode=True)),
     "stride over kernel": ((2, 3, 17, 16), False, dict(kernel_size=2, stride=5)),
     "one channel": ((3, 1, 9, 9), True, dict(kernel_size=(1, 4), stride=(1, 2), padding=(0, 2))),
     "one pixel": ((2, 5, 1, 1), False, dict(kernel_size=1)),
@@ -45,9 +37,9 @@ def make(shape, channels_last=False, device="cpu", dtype=torch.float32):
 @pytest.mark.parametrize("case", CASES)
 def test_max_pool2d_matches_torch(lane, case):
     shape, channels_last, arguments = CASES[case]
-    x = make(shape, channels_last, lane.device)
+    values = make(shape, channels_last, lane.device)
     # small integers: ties everywhere
-    for x in (x, x.round()):
+    for x in (values, values.round()):
         x.requires_grad_()
         y, indices = fF.max_pool2d(x, **arguments, return_indices=True)
         expected, expected_indices = F.max_pool2d(x, **arguments, return_indices=True)
@@ -89,10 +81,10 @@ def test_max_pool2d_special_values(lane, channels_last):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "window, dtype",
-    [((15, 17), torch.uint8), ((16, 16), torch.uint8), ((16, 17), torch.int16), ((182, 182), torch.int32)],
-)
+LARGE = [((15, 17), torch.uint8), ((16, 16), torch.uint8), ((16, 17), torch.int16), ((182, 182), torch.int32)]
+
+
+@pytest.mark.parametrize("window, dtype", LARGE)
 def test_max_pool2d_taps_of_large_windows(lane, window, dtype):
     if lane.name == "interpret" and window == (182, 182):
         pytest.skip("33,124 taps take minutes in the interpreter")
@@ -159,7 +151,7 @@ def test_max_pool2d_backward_is_deterministic(lane):
 
 
 def test_max_pool2d_second_derivative(lane):
-    x = torch.randn(1, 2, 5, 6, device=lane.device, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(1, 1, 4, 5, device=lane.device, dtype=torch.float64, requires_grad=True)
 
     def cubed(x):
         return fF.max_pool2d(x, 3, 2, 1, return_indices=True)[0] ** 3
@@ -196,6 +188,19 @@ def test_max_pool2d_64_bit_variant(lane, channels_last, monkeypatch):
     assert_matches(lambda x: fF.max_pool2d(x, 3, 2, 1), lambda x: F.max_pool2d(x, 3, 2, 1), x)
 
 
+def test_max_pool2d_on_cpu_runs_what_was_measured_faster():
+    window, big = [2, 2, 2, 2, 0, 0, 1, 1], torch.zeros(1, 32, 32, 32)
+    with fastcnn.backend("auto"):
+        assert op._why_not("cpu", big, window) is None
+        assert "measured faster" in op._why_not("cpu", big[:, :4], window)
+        assert "measured faster" in op._why_not("cpu", big.to(memory_format=torch.channels_last), window)
+        assert "float32 and float64" in op._why_not("cpu", big.half(), window)
+    with fastcnn.backend("cpu"):
+        assert op._why_not("cpu", big[:, :4], window) is None
+        # a window that can step over the image
+        assert "dilation within the image" in op._why_not("cpu", big[..., :2, :2], [2, 2, 2, 2, 1, 1, 3, 3])
+
+
 def test_max_pool2d_refuses_bad_arguments():
     x = torch.zeros(1, 2, 4, 4)
     for error, message, input, arguments in [
@@ -207,7 +212,12 @@ def test_max_pool2d_refuses_bad_arguments():
         (ValueError, "kernel_size must be at least 1, got 0", x, (0,)),
         (ValueError, "stride must be at least 1, got 0", x, (2, 0)),
         (ValueError, "padding must be at least 0, got -1", x, (2, 2, -1)),
-        (ValueError, "padding must be at most half of the window's extent, got padding \\(2, 2\\)", x, (3, 1, 2)),
+        (
+            ValueError,
+            "padding must be at most half of kernel_size, got \\(2, 2\\) for kernel_size \\(3, 3\\)",
+            x,
+            (3, 1, 2),
+        ),
         (ValueError, "dilation must be at least 1, got \\(1, 0\\)", x, (3, 1, 1, (1, 0))),
         (ValueError, "kernel_size \\(5, 5\\) .* is too large for an input of \\(4, 4\\)", x, (5,)),
         (TypeError, "ceil_mode must be a bool, got 1", x, (2, 2, 0, 1, 1)),
