@@ -12,10 +12,9 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import optim
 from tqdm import tqdm
 
-from fastcnn import nn
+from fastcnn import nn, optim
 from fastcnn.backends import backend, explain
 from fastcnn.data import batches, load_data
 from fastcnn.models import create_model
@@ -43,7 +42,7 @@ def train(config):
         stack.enter_context(_lock(out))
         _check_folder(config, out)
         stack.enter_context(backend(config.backend))
-        stack.enter_context(_deterministic_cudnn())
+        stack.enter_context(_deterministic_libraries())
         return _train(config, out)
 
 
@@ -253,15 +252,15 @@ def _check_folder(config, out):
 
 
 @contextlib.contextmanager
-def _deterministic_cudnn():
-    # where PyTorch runs a convolution on a GPU, resuming must still give the same bits
-    flags = torch.backends.cudnn
-    before = flags.deterministic, flags.benchmark
-    flags.deterministic, flags.benchmark = True, False
+def _deterministic_libraries():
+    # where PyTorch runs an op, its libraries too must give the same bits every time
+    cudnn, onednn = torch.backends.cudnn, torch.backends.mkldnn
+    before = cudnn.deterministic, cudnn.benchmark, onednn.deterministic
+    cudnn.deterministic, cudnn.benchmark, onednn.deterministic = True, False, True
     try:
         yield
     finally:
-        flags.deterministic, flags.benchmark = before
+        cudnn.deterministic, cudnn.benchmark, onednn.deterministic = before
 
 
 def _restore(path, config, data, model, optimizer, scaler):
