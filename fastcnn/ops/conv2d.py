@@ -17,18 +17,19 @@ from fastcnn.ops import common
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by arithmetic and by whether loads are 16 bytes wide. The first row whose
 # BLOCK_N holds all columns is taken, else the last. Chosen 2026-11 by compiling for sm_80, sm_90 and sm_100, not by
-# timing: large tiles that spill on none of them and fit the 99 KiB of shared memory of consumer chips. Narrow loads keep
+# timing: large tiles that spill on none and fit the 99 KiB of shared memory of consumer chips. Narrow loads keep
 # one address per element in registers, hence their small tiles.
 LAUNCHES = {
-    ("16-bit", "wide"): ((128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
-    ("16-bit", "narrow"): ((64, 16, 32, 4, 2), (64, 32, 32, 4, 2)),
+    ("16-bit", "wide"): ((128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)),
+    ("16-bit", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
     ("tf32", "wide"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
     ("tf32", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
     ("ieee", "wide"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
     ("ieee", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
     ("fp64", "wide"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
-    ("fp64", "narrow"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
+    ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
 }
+REGISTERS = 255  # per thread: without a word, the assembler spills a little to fit one more block on a multiprocessor
 BAND = 8  # row tiles that share the column tiles through L2
 PROGRAMS = 264  # two waves of an H100: a gradient of the weight with fewer tiles is split over pixels
 MIN_STEPS = 4  # steps of BLOCK_K pixels that a split is worth
@@ -112,7 +113,9 @@ def _launch(dtype, precision, wide, columns, depth):
     rows = LAUNCHES[arithmetic, "wide" if wide else "narrow"]
     block_m, block_n, block_k, warps, stages = next((row for row in rows if row[1] >= columns), rows[-1])
     block_k = min(block_k, max(16, 1 << (depth - 1).bit_length()))
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages)
+    return dict(
+        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages, maxnreg=REGISTERS
+    )
 
 
 def _int64(pixels, *tensors):
@@ -131,7 +134,7 @@ def conv2d_forward(input, weight, bias, size, stride, padding, dilation, groups,
         return y
     pixels = n * p * q
     precision = _precision(input, tf32_switch)
-    wide = c % 16 == 0 and _is_wide(input) and _is_wide(weight)
+    wide = c % 16 == 0 and k % 16 == 0 and _is_wide(input) and _is_wide(weight)
     launch = _launch(input.dtype, precision, wide, k, c)
     grid = -(-pixels // launch["BLOCK_M"]) * -(-k // launch["BLOCK_N"]) * groups
     with common.device_guard(input):
@@ -383,7 +386,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         weight: [K, C / groups, R, S], of input's dtype.
         bias: [K] or None.
         stride, dilation: int or (height, width), at least 1.
-        padding: int or (height, width), at least 0; 'valid' for none; 'same', with stride 1, for an output of input's size.
+        padding: int or (height, width), at least 0; 'valid' for none; 'same' for an output as large, with stride 1.
         groups: divides C and K.
 
     Returns:
