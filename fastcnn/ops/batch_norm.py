@@ -120,7 +120,7 @@ def batch_norm_forward(x, weight, bias, running_mean, running_var, momentum, eps
     from fastcnn.kernels.triton import batch_norm as kernels
 
     grid, where, how = _launch_plan(x, view, C)
-    partial = torch.empty((grid[0], 3, C), dtype=mean.dtype, device=x.device)
+    partial = torch.empty((grid[0], 4, C), dtype=mean.dtype, device=x.device)
     with common.device_guard(x):
         kernels.batch_norm_statistics_kernel[grid](x, partial, C, *where, **how)
         kernels.batch_norm_finalize_kernel[_finalize_grid(C)](
@@ -228,8 +228,8 @@ def _allocate_output(x):
 
 
 def _allocate_forward(x):
-    statistics = x.new_empty((2, _channels(x)), dtype=_statistics_dtype(x))
-    return _allocate_output(x), statistics[0], statistics[1]
+    mean = x.new_empty(_channels(x), dtype=_statistics_dtype(x))
+    return _allocate_output(x), mean, torch.empty_like(mean)
 
 
 def _allocate_backward(x, weight, need_input, need_params):

@@ -47,7 +47,7 @@ def batch_norm_statistics_kernel(
     x_ptr, partial_ptr, C, inner, tiles, tiles_per_strip, stride_o, stride_i, stride_c,
     INT64: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # one program reduces a strip of BLOCK_C channels to (count, mean, sum of squared deviations)
+    # one program reduces a strip of BLOCK_C channels to count, pivot, mean - pivot and sum of squared deviations
     strip = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     begin = strip * tiles_per_strip
@@ -67,10 +67,12 @@ def batch_norm_statistics_kernel(
         rows += count
     s1 = tl.sum(s1, axis=0)
     s2 = tl.sum(s2, axis=0)
-    partial_ptr += strip * 3 * C + c
+    # pivot and distance stay apart: their sum would be rounded before the strips are compared
+    partial_ptr += strip * 4 * C + c
     tl.store(partial_ptr, tl.zeros_like(pivot) + rows, mask=c < C)
-    tl.store(partial_ptr + C, pivot + s1 / rows, mask=c < C)
-    tl.store(partial_ptr + 2 * C, s2 - s1 * s1 / rows, mask=c < C)
+    tl.store(partial_ptr + C, pivot, mask=c < C)
+    tl.store(partial_ptr + 2 * C, s1 / rows, mask=c < C)
+    tl.store(partial_ptr + 3 * C, s2 - s1 * s1 / rows, mask=c < C)
 
 
 @triton.jit
@@ -80,20 +82,22 @@ def batch_norm_finalize_kernel(
 ):  # fmt: skip
     # one program merges the strips of BLOCK_C channels (Chan et al.) and updates their running statistics, if any
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    # the pivot is the mean of the first strip
-    pivot = near(tl.load(partial_ptr + C + c, mask=c < C, other=0.0))
+    # everything is measured from the pivot of the first strip
+    pivot = tl.load(partial_ptr + C + c, mask=c < C, other=0.0)
     rows = tl.zeros([BLOCK_S, BLOCK_C], pivot.dtype)
     s1 = tl.zeros_like(rows)
     s2 = tl.zeros_like(rows)
     for begin in range(0, strips, BLOCK_S):
         strip = begin + tl.arange(0, BLOCK_S)
         inside = (strip < strips)[:, None] & (c < C)[None, :]
-        from_ptr = partial_ptr + (strip * 3 * C)[:, None] + c[None, :]
+        from_ptr = partial_ptr + (strip * 4 * C)[:, None] + c[None, :]
         n = tl.load(from_ptr, mask=inside, other=0.0)
-        d = tl.where(inside, tl.load(from_ptr + C, mask=inside, other=0.0) - pivot[None, :], 0.0)
+        # masked lanes have n = 0
+        d = tl.load(from_ptr + C, mask=inside, other=0.0) - pivot[None, :]
+        d += tl.load(from_ptr + 2 * C, mask=inside, other=0.0)
         rows += n
         s1 += n * d
-        s2 += tl.load(from_ptr + 2 * C, mask=inside, other=0.0) + n * d * d
+        s2 += tl.load(from_ptr + 3 * C, mask=inside, other=0.0) + n * d * d
     n = tl.sum(rows, axis=0)
     s1 = tl.sum(s1, axis=0)
     squares = tl.sum(s2, axis=0) - s1 * s1 / n
