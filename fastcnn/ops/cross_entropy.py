@@ -94,7 +94,7 @@ def _check_classes(target, classes, ignore_index):
 
 
 def cross_entropy_forward(x, target, weight, reduction, ignore_index, label_smoothing, dtype, backend):
-    """(loss, logsumexp per row, sum of q per row, what the mean divides by)."""
+    """(loss, logsumexp per row in two parts [2, rows], sum of q per row, what the mean divides by)."""
     loss, lse, mass, total = _allocate_forward(x, target, reduction, dtype)
     memory_format = _memory_format(x)
     x = x.contiguous(memory_format=memory_format)
@@ -156,12 +156,8 @@ def _allocate_forward(x, target, reduction, dtype):
     row_shape = (x.shape[0], *x.shape[2:]) if x.dim() > 1 else ()
     inside = torch.float64 if x.dtype == torch.float64 else torch.float32
     loss = x.new_empty(row_shape if reduction == "none" else (), dtype=dtype)
-    return (
-        loss,
-        x.new_empty(row_shape, dtype=inside),
-        x.new_empty(row_shape, dtype=inside),
-        x.new_empty((), dtype=inside),
-    )
+    total = x.new_empty((0,) if reduction == "none" else (), dtype=inside)
+    return loss, x.new_empty((2, *row_shape), dtype=inside), x.new_empty(row_shape, dtype=inside), total
 
 
 _forward = common.register(

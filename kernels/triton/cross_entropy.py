@@ -14,13 +14,13 @@ from fastcnn.kernels.triton.common import accumulator
 
 
 @triton.jit
-def row_offsets(r, inner, stride_n, stride_s, INT64: tl.constexpr):
-    """Where each row begins."""
-    n = r // inner
-    s = r % inner
+def rows_of(inner, stride_n, stride_s, INT64: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Numbers of this program's rows, and where they begin."""
+    pid = tl.program_id(0)
     if INT64:
-        n, s = n.to(tl.int64), s.to(tl.int64)
-    return n * stride_n + s * stride_s
+        pid = pid.to(tl.int64)
+    r = pid * BLOCK_R + tl.arange(0, BLOCK_R)
+    return r, (r // inner) * stride_n + (r % inner) * stride_s
 
 
 @triton.jit
@@ -50,9 +50,8 @@ def cross_entropy_forward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program computes the losses of BLOCK_R rows; REDUCTION "partial": their sums for the finalize kernel
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r, row = rows_of(inner, stride_n, stride_s, INT64, BLOCK_R)
     exists = r < rows
-    row = row_offsets(r, inner, stride_n, stride_s, INT64)
 
     # logsumexp in one walk: the sum is scaled down whenever the maximum grows
     top = tl.zeros([BLOCK_R], lse_ptr.dtype.element_ty) - float("inf")
@@ -68,23 +67,24 @@ def cross_entropy_forward_kernel(
         shift = tl.where(new_top == -float("inf"), 0.0, new_top)
         total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
         top = new_top
-    lse = top + tl.log(total)
+    # logsumexp = top + log_total; added up, the digits that matter would be rounded off where logits are large
+    log_total = tl.log(total)
 
     if SOFT:
         counts = exists
-        divisor = tl.where(exists, tl.zeros_like(lse) + 1.0, 0.0)
-        loss = tl.zeros_like(lse)
-        mass = tl.zeros_like(lse)
+        divisor = tl.where(exists, tl.zeros_like(top) + 1.0, 0.0)
+        loss = tl.zeros_like(top)
+        mass = tl.zeros_like(top)
     else:
         t, counts, known = class_index(target_ptr, r, rows, C, ignore_index)
         at_target = accumulator(tl.load(x_ptr + row + t * stride_c, mask=counts & known, other=0.0))
-        divisor = class_weight(weight_ptr, t, counts & known, lse)
+        divisor = class_weight(weight_ptr, t, counts & known, top)
         # no class: NaN, for a kernel cannot raise
         divisor = tl.where(known, divisor, float("nan"))
         mass = divisor
         if SMOOTH:
-            mass *= 1.0 - (tl.zeros_like(lse) + smoothing + smoothing_rest)
-        loss = mass * (lse - at_target)
+            mass *= 1.0 - (tl.zeros_like(top) + smoothing + smoothing_rest)
+        loss = mass * (top - at_target + log_total)
 
     if SOFT or SMOOTH:
         for begin in range(0, C, BLOCK_C):
@@ -104,13 +104,14 @@ def cross_entropy_forward_kernel(
             if weight_ptr is not None:
                 q *= accumulator(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
             mass += tl.sum(tl.where(inside, q, 0.0), axis=1)
-            loss += tl.sum(tl.where(inside, q * (lse[:, None] - x), 0.0), axis=1)
+            loss += tl.sum(tl.where(inside, q * (top[:, None] - x + log_total[:, None]), 0.0), axis=1)
 
     # ignored rows: 0 whatever their logits
     loss = tl.where(counts, loss, 0.0)
     mass = tl.where(counts, mass, 0.0)
     divisor = tl.where(counts, divisor, 0.0)
-    tl.store(lse_ptr + r, lse, mask=exists)
+    tl.store(lse_ptr + r, top, mask=exists)
+    tl.store(lse_ptr + rows + r, log_total, mask=exists)
     tl.store(mass_ptr + r, mass, mask=exists)
     if REDUCTION == "none":
         tl.store(loss_ptr + r, loss.to(loss_ptr.dtype.element_ty), mask=exists)
@@ -151,19 +152,20 @@ def cross_entropy_backward_kernel(
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program computes dx of BLOCK_R rows and BLOCK_C classes
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r, row = rows_of(inner, stride_n, stride_s, INT64, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = r < rows
     if INT64:
         c = c.to(tl.int64)
-    offset = row_offsets(r, inner, stride_n, stride_s, INT64)[:, None] + (c * stride_c)[None, :]
+    offset = row[:, None] + (c * stride_c)[None, :]
     inside = exists[:, None] & (c < C)[None, :]
-    lse = tl.load(lse_ptr + r, mask=exists, other=0.0)
+    top = tl.load(lse_ptr + r, mask=exists, other=0.0)
+    log_total = tl.load(lse_ptr + rows + r, mask=exists, other=0.0)
     mass = tl.load(mass_ptr + r, mask=exists, other=0.0)
     if REDUCTION == "none":
-        grad = accumulator(tl.load(grad_ptr + r, mask=exists, other=0.0)).to(lse.dtype)
+        grad = accumulator(tl.load(grad_ptr + r, mask=exists, other=0.0)).to(top.dtype)
     else:
-        grad = tl.zeros_like(lse) + accumulator(tl.load(grad_ptr))
+        grad = tl.zeros_like(top) + accumulator(tl.load(grad_ptr))
         if REDUCTION == "mean":
             grad /= tl.load(total_ptr)
     x = accumulator(tl.load(x_ptr + offset, mask=inside, other=0.0))
@@ -183,5 +185,5 @@ def cross_entropy_backward_kernel(
         grad = tl.where(counts, grad, 0.0)
     if weight_ptr is not None:
         q *= accumulator(tl.load(weight_ptr + c, mask=c < C, other=0.0))[None, :]
-    dx = grad[:, None] * (mass[:, None] * tl.exp(x - lse[:, None]) - q)
+    dx = grad[:, None] * (mass[:, None] * tl.exp(x - top[:, None] - log_total[:, None]) - q)
     tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
