@@ -13,7 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastcnn import nn
 from fastcnn.data import load_data
+from fastcnn.models import create_model
 from fastcnn.train import TrainConfig, load_run, loop, train
 from fastcnn.train.checkpoint import load_checkpoint, save_checkpoint
 from fastcnn.train.loop import best_row, learning_rate
@@ -94,6 +96,9 @@ def test_run_folder(finished):
     assert summary["parameters"] == 61_706 and summary["test_images"] == 360 and summary["epochs"] == 4
     assert 0.2 < summary["test_accuracy"] <= 1 and summary["seconds"] > 0
     assert [int(row["epoch"]) for row in rows(out)] == [1, 2, 3, 4]
+    # four steps per epoch
+    rates = [learning_rate(config(out), 4 * epoch - 1, 16) for epoch in (1, 2, 3, 4)]
+    assert [float(row["lr"]) for row in rows(out)] == rates
     losses = [float(row["train_loss"]) for row in rows(out)]
     assert losses[-1] < 0.9 * losses[0]
     for name, color in (("curves.png", 4), ("confusion.png", 4), ("filters.png", 4)):
@@ -153,6 +158,18 @@ def test_options_train_and_resume(tmp_path, monkeypatch, options):
     assert result["accuracy"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["test_accuracy"]
 
 
+def test_resume_restores_the_random_state(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "create_model", lambda *args: nn.Sequential(nn.Dropout(0.5), create_model(*args)))
+    train(config(tmp_path / "whole", epochs=2))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path / "stopped", epochs=2))
+    torch.rand(5)
+    train(config(tmp_path / "stopped", epochs=2, resume=True))
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_resume_from_before_the_first_epoch(finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 0)
@@ -194,7 +211,7 @@ def test_a_run_is_never_overwritten(finished):
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match="already holds a run .last.pt.; continue it with --resume or choose another"):
         train(config(out))
-    with pytest.raises(ValueError, match="was begun with lr 0.002 and cannot be resumed with 0.1"):
+    with pytest.raises(ValueError, match="was begun with lr 0.004 and cannot be resumed with 0.1"):
         train(config(out, lr=0.1, resume=True))
     assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
 

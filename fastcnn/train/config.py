@@ -34,7 +34,7 @@ class TrainConfig:
     epochs: int = option(40, "passes over the training images", low=1)
     batch_size: int = option(32, "images per step", low=1)
     optimizer: str = option("adam", "adam, adamw or sgd", choices=("adam", "adamw", "sgd"))
-    lr: float = option(2e-3, "learning rate at the start", above=0)
+    lr: float = option(4e-3, "learning rate at the start", above=0)
     momentum: float = option(0.9, "for sgd", low=0)
     weight_decay: float = option(0.0, "weight decay, as the optimizer defines it", low=0)
     scheduler: str = option("cosine", "cosine (falls to 0 over the run) or constant", choices=("cosine", "constant"))
