@@ -7,6 +7,10 @@ version = next(
     line.split('"')[1] for line in (root / "fastcnn/__init__.py").read_text().splitlines() if "__version__ =" in line
 )
 
+
+# git keeps no empty folders
+kernels = [f"fastcnn.kernels.{name}" for name in ("triton", "cuda", "cpu") if (root / "kernels" / name).is_dir()]
+
 setup(
     name="fastcnn",
     version=version,
@@ -18,7 +22,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels
     packages=find_packages(include=["fastcnn", "fastcnn.*"], exclude=["fastcnn.kernels"])
-    + ["fastcnn.kernels", "fastcnn.kernels.triton", "fastcnn.kernels.cpu", "fastcnn.kernels.cuda"],
+    + ["fastcnn.kernels", *kernels],
     package_dir={"fastcnn.kernels": "kernels"},
     package_data={"fastcnn.kernels.cuda": ["*.cu", "*.cuh"]},
     install_requires=[
