@@ -1,0 +1,306 @@
+"""What PyTorch users take for granted of an op, for every op of ours, against PyTorch's own.
+
+Each case is one function of a functional module, so that ours and torch's run the same line.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastcnn
+import fastcnn.functional
+from fastcnn.backends import OPS
+from fastcnn.ops import common
+
+LANES = ("triton", "cpu")
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def image():
+    return randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
+
+
+TARGET = torch.tensor([1, 0, -100, 4])
+CASES = {
+    "adaptive_avg_pool2d": (lambda F, x: F.adaptive_avg_pool2d(x, (3, 2)), lambda: [image()]),
+    "avg_pool2d": (lambda F, x: F.avg_pool2d(x, 3, 2, 1), lambda: [image()]),
+    "batch_norm": (
+        lambda F, x, w, b: F.batch_norm(x, None, None, w, b, training=True),
+        lambda: [image(), randn(4), randn(4, seed=1)],
+    ),
+    "conv2d": (
+        lambda F, x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=1, groups=2),
+        lambda: [image(), randn(6, 2, 3, 3), randn(6)],
+    ),
+    "conv_transpose2d": (
+        lambda F, x, w, b: F.conv_transpose2d(x, w, b, stride=2, padding=1, output_padding=1),
+        lambda: [image(), randn(4, 3, 3, 3), randn(3)],
+    ),
+    "cross_entropy": (
+        lambda F, x: F.cross_entropy(x, TARGET.to(x.device), label_smoothing=0.1),
+        lambda: [randn(4, 5)],
+    ),
+    "dropout": (lambda F, x: F.dropout(x, 0.4), lambda: [image()]),
+    "gelu": (lambda F, x: F.gelu(x), lambda: [image()]),
+    "hardswish": (lambda F, x: F.hardswish(x), lambda: [image()]),
+    "leaky_relu": (lambda F, x: F.leaky_relu(x, 0.2), lambda: [image()]),
+    "linear": (lambda F, x, w, b: F.linear(x, w, b), lambda: [randn(3, 2, 5), randn(7, 5), randn(7)]),
+    "max_pool2d": (lambda F, x: F.max_pool2d(x, 3, 2, 1), lambda: [image()]),
+    "relu": (lambda F, x: F.relu(x), lambda: [image()]),
+    "relu6": (lambda F, x: F.relu6(x), lambda: [image()]),
+    "sigmoid": (lambda F, x: F.sigmoid(x), lambda: [image()]),
+    "silu": (lambda F, x: F.silu(x), lambda: [image()]),
+    "tanh": (lambda F, x: F.tanh(x), lambda: [image()]),
+}
+RANDOM = ("dropout",)
+
+
+def test_every_op_has_a_case():
+    import fastcnn.optim
+
+    optimizers = {name.lower() for name in fastcnn.optim.__all__}
+    assert set(CASES) == {op.name for op in OPS} - optimizers
+    assert set(CASES) <= set(fastcnn.functional.__all__)
+
+
+@pytest.fixture(params=CASES)
+def case(request, lane):
+    name = request.param
+    op = next(op for op in OPS if op.name == name)
+    if lane.name == "cpu" and not op.cpu_kernel:
+        # PyTorch itself runs there: the case still checks that our way to it loses nothing
+        fastcnn.strict(False)
+    call, make = CASES[name]
+    inputs = [t.to(lane.device) for t in make()]
+    return name, call, inputs
+
+
+def leaves(inputs):
+    return [t.detach().clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
+
+
+def gradients(function, inputs):
+    tensors = leaves(inputs)
+    torch.manual_seed(1)
+    output = function(*tensors)
+    return output.detach(), torch.autograd.grad((output * weights(output)).sum(), tensors)
+
+
+def weights(output):
+    return randn(*output.shape).to(output.device, output.dtype)
+
+
+def ours(call):
+    return lambda *inputs: call(fastcnn.functional, *inputs)
+
+
+def torchs(call):
+    return lambda *inputs: call(torch.nn.functional, *inputs)
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps every call of an op of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "fastcnn":
+            copies = [a.detach().clone() if isinstance(a, torch.Tensor) else a for a in args]
+            self.calls.append((function, copies, dict(kwargs or {})))
+        return function(*args, **(kwargs or {}))
+
+
+def recorded_calls(call, inputs):
+    with Recorder() as recorder:
+        tensors = leaves(inputs)
+        output = call(fastcnn.functional, *tensors)
+        torch.autograd.grad((output * weights(output)).sum(), tensors)
+    return recorder.calls
+
+
+def test_opcheck(case):
+    name, call, inputs = case
+    for function, args, kwargs in recorded_calls(call, inputs):
+        result = torch.library.opcheck(function, tuple(args), kwargs)
+        assert set(result.values()) == {"SUCCESS"}, (function, result)
+
+
+def test_compile_fullgraph(case):
+    name, call, inputs = case
+    expected, expected_grads = gradients(ours(call), inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours(call), fullgraph=True, backend="aot_eager")
+    output, grads = gradients(compiled, inputs)
+    if name not in RANDOM:
+        torch.testing.assert_close(output, expected)
+        torch.testing.assert_close(grads, expected_grads)
+    else:
+        torch.testing.assert_close((grads[0] == 0), (output == 0))
+    assert output.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("times_input", (True, False), ids=("f(x)*x", "f(x)+x^3"))
+@pytest.mark.parametrize("through", ("grad", "backward"))
+def test_double_backward_is_right(case, through, times_input):
+    """The gradient of a gradient penalty; an opaque backward gets all four patterns silently wrong."""
+    name, call, inputs = case
+
+    def penalty_gradient(function):
+        tensors = leaves(inputs)
+        torch.manual_seed(1)
+        output = function(*tensors)
+        loss = (output * weights(output)).tanh().sum()
+        loss = loss * tensors[0].sum() if times_input else loss + (tensors[0] ** 3).sum()
+        first = torch.autograd.grad(loss, tensors, create_graph=True)
+        penalty = sum((g**2).sum() for g in first)
+        if through == "grad":
+            return torch.autograd.grad(penalty, tensors)
+        penalty.backward()
+        return [t.grad for t in tensors]
+
+    if name in RANDOM:
+        # torch draws another mask: compare with a product by the mask that ours drew
+        torch.manual_seed(1)
+        kept = call(fastcnn.functional, torch.ones_like(inputs[0]))
+        expected = penalty_gradient(lambda x: x * kept)
+    else:
+        expected = penalty_gradient(torchs(call))
+    torch.testing.assert_close(penalty_gradient(ours(call)), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_activation_checkpointing(case, reentrant):
+    name, call, inputs = case
+    expected, expected_grads = gradients(ours(call), inputs)
+    tensors = leaves(inputs)
+    torch.manual_seed(1)
+    output = checkpoint(ours(call), *tensors, use_reentrant=reentrant)
+    torch.rand(3)  # other random numbers in between do not change the recomputed mask
+    (output * weights(output)).sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close([t.grad for t in tensors], list(expected_grads))
+
+
+def test_autocast_gives_torchs_dtypes(case, lane):
+    name, call, inputs = case
+    with torch.autocast(lane.device.type, torch.bfloat16):
+        output, grads = gradients(ours(call), inputs)
+        expected, expected_grads = gradients(torchs(call), inputs)
+    assert output.dtype == expected.dtype
+    assert [g.dtype for g in grads] == [g.dtype for g in expected_grads]
+    if name not in RANDOM:
+        torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(grads, expected_grads, rtol=5e-2, atol=5e-2)
+
+
+def test_gradients_only_where_wanted(case):
+    name, call, inputs = case
+    _, full = gradients(ours(call), inputs)
+    for needs in itertools.product((True, False), repeat=len(inputs)):
+        if not any(needs):
+            continue
+        tensors = [
+            t.detach().clone(memory_format=torch.preserve_format).requires_grad_(n)
+            for t, n in zip(inputs, needs, strict=True)
+        ]
+        torch.manual_seed(1)
+        output = call(fastcnn.functional, *tensors)
+        (output * weights(output)).sum().backward()
+        for tensor, need, expected in zip(tensors, needs, full, strict=True):
+            if need:
+                torch.testing.assert_close(tensor.grad, expected)
+                assert tensor.grad.stride() == tensor.stride()
+            else:
+                assert tensor.grad is None
+
+
+def test_gradient_arrives_in_any_layout(case):
+    name, call, inputs = case
+    tensors = leaves(inputs)
+    output = call(fastcnn.functional, *tensors)
+    grad = weights(output)
+    expected = torch.autograd.grad(output, tensors, grad, retain_graph=True)
+    layouts = [grad.expand(grad.shape)]
+    if grad.dim() >= 2:
+        layouts += [grad.transpose(0, 1).contiguous().transpose(0, 1), torch.stack([grad, grad], -1)[..., 0]]
+    for layout in layouts:
+        torch.testing.assert_close(torch.autograd.grad(output, tensors, layout, retain_graph=True), expected)
+    # a sum's gradient is one element expanded
+    ones = torch.ones((), device=output.device).expand(output.shape)
+    torch.testing.assert_close(
+        torch.autograd.grad(output, tensors, ones, retain_graph=True),
+        torch.autograd.grad(output, tensors, ones.contiguous(), retain_graph=True),
+    )
+
+
+def test_backward_twice_and_after_a_change(case):
+    name, call, inputs = case
+    tensors = leaves(inputs)
+    output = call(fastcnn.functional, *tensors)
+    output.sum().backward(retain_graph=True)
+    once = tensors[0].grad.clone()
+    output.sum().backward()
+    torch.testing.assert_close(tensors[0].grad, 2 * once)
+    if name in ("conv2d", "conv_transpose2d", "linear", "batch_norm", "silu"):
+        output = call(fastcnn.functional, *tensors)
+        with torch.no_grad():
+            tensors[0].add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+def test_no_grad_and_inference_mode_keep_no_graph(case):
+    name, call, inputs = case
+    with torch.no_grad():
+        assert call(fastcnn.functional, *leaves(inputs)).grad_fn is None
+    with torch.inference_mode():
+        assert call(fastcnn.functional, *inputs).is_inference()
+
+
+def test_torch_func_transforms_are_right(case):
+    """They run on PyTorch's ops: right, not fast."""
+    name, call, inputs = case
+    if name in RANDOM:
+        return
+    with fastcnn.strict(False):
+        mine = torch.func.grad(lambda x: ours(call)(x, *inputs[1:]).tanh().sum())(inputs[0])
+        theirs = torch.func.grad(lambda x: torchs(call)(x, *inputs[1:]).tanh().sum())(inputs[0])
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_forward_mode_raises_or_is_right(case):
+    import torch.autograd.forward_ad as forward_ad
+
+    name, call, inputs = case
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
+        try:
+            output = call(fastcnn.functional, dual, *inputs[1:])
+        except (NotImplementedError, RuntimeError):
+            return
+        tangent = forward_ad.unpack_dual(output).tangent
+        expected = forward_ad.unpack_dual(call(torch.nn.functional, dual, *inputs[1:])).tangent
+        if name not in RANDOM:
+            torch.testing.assert_close(tangent, expected)
+
+
+def test_every_registered_op_was_opchecked(lane):
+    """Every torch.ops.fastcnn op is reached by some case above, or named here with the test that checks it."""
+    elsewhere = {"activation_"}  # in place: test_activation.py
+    reached = set()
+    for call, make in CASES.values():
+        with fastcnn.strict(False):
+            for function, _, _ in recorded_calls(call, [t.to(lane.device) for t in make()]):
+                reached.add(function._schema.name.split("::")[1])
+    defined = {name.split("::")[1].split(".")[0] for name in common.library._op_defs}
+    if lane.name != "cpu":
+        assert defined - reached - elsewhere == set()

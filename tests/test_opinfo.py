@@ -1,0 +1,149 @@
+"""PyTorch's own samples of our ops (torch.testing._internal): values, gradients, side effects, strides, errors agree.
+
+On CPU every op runs under backend "cpu" (our kernels where they exist) and "auto". In the interpreter the Triton
+kernels run all samples but those of max_pool2d, of which every seventh runs.
+"""
+
+import os
+from collections import Counter
+
+import pytest
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+
+import fastcnn
+import fastcnn.functional as F
+from fastcnn.backends import OPS
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+NAMES = {
+    "sigmoid": "sigmoid",
+    "tanh": "tanh",
+    **{
+        f"nn.functional.{name}": name
+        for name in (
+            "adaptive_avg_pool2d",
+            "avg_pool2d",
+            "batch_norm",
+            "conv2d",
+            "conv_transpose2d",
+            "cross_entropy",
+            "gelu",
+            "hardswish",
+            "leaky_relu",
+            "linear",
+            "max_pool2d",
+            "relu",
+            "relu6",
+            "silu",
+        )
+    },
+}
+INFOS = {NAMES[info.name]: info for info in op_db if info.name in NAMES and info.variant_test_name == ""}
+BACKENDS = ("triton",) if INTERPRET else ("cpu", "auto")
+EVERY = {"max_pool2d": 7} if INTERPRET else {}
+
+
+def test_all_ops_have_samples():
+    assert set(INFOS) == set(NAMES.values())
+
+
+def backends():
+    mark = [pytest.mark.interpret] if INTERPRET else []
+    return [pytest.param(name, marks=mark) for name in BACKENDS]
+
+
+def plain(tensor):
+    return tensor
+
+
+def channels_last(tensor):
+    return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+
+
+def every_second(tensor):
+    """The same values with gaps of NaN between the elements of the last dimension."""
+    if tensor.dim() == 0:
+        return tensor
+    wide = torch.full((*tensor.shape, 2), torch.nan if tensor.is_floating_point() else 0, dtype=tensor.dtype)
+    wide[..., 0] = tensor.detach()
+    return wide[..., 0].requires_grad_(tensor.requires_grad)
+
+
+def run(function, sample, layout):
+    """Outputs, gradients of a fixed random gradient, and the arguments after the call."""
+    leaves = []
+
+    def fresh(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        copy = layout(value.detach().clone().requires_grad_(value.requires_grad))
+        if copy.requires_grad and copy.is_floating_point():
+            copy = copy.detach().requires_grad_()
+            leaves.append(copy)
+        return copy
+
+    args = [fresh(sample.input), *(fresh(a) for a in sample.args)]
+    kwargs = {k: fresh(v) for k, v in sample.kwargs.items()}
+    outputs = function(*args, **kwargs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(0)
+    differentiable = [o for o in outputs if o.requires_grad]
+    grads = []
+    if differentiable and leaves:
+        weights = [torch.randn(o.shape, generator=generator, dtype=o.dtype) for o in differentiable]
+        grads = torch.autograd.grad(differentiable, leaves, weights, allow_unused=True)
+    return outputs, grads, [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("layout", (plain, channels_last, every_second), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", INFOS)
+def test_samples_agree(name, layout, backend):
+    info, ours = INFOS[name], getattr(F, name)
+    samples = list(info.sample_inputs("cpu", torch.float32, requires_grad=True))[:: EVERY.get(name, 1)]
+    with fastcnn.backend(backend):
+        for number, sample in enumerate(samples):
+            theirs = run(info.op, sample, layout)
+            mine = run(ours, sample, layout)
+            for what, a, b in zip(("output", "gradient", "argument"), mine, theirs, strict=True):
+                assert len(a) == len(b)
+                for x, y in zip(a, b, strict=True):
+                    place = f"{what} of sample {number}: {sample.input.shape} {sample.args} {sample.kwargs}"
+                    assert (x is None) == (y is None), place
+                    if x is not None:
+                        torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, p=place: f"{p}\n{m}")
+                    if what == "output":
+                        sizes = [(st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si > 1]
+                        expected = [(st, si) for st, si in zip(y.stride(), y.shape, strict=True) if si > 1]
+                        assert sizes == expected or x.numel() == 0, place
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("name", [n for n, info in INFOS.items() if info.error_inputs_func is not None])
+def test_errors_agree(name, backend):
+    info, ours = INFOS[name], getattr(F, name)
+    with fastcnn.backend(backend):
+        for error in info.error_inputs("cpu"):
+            sample = error.sample_input
+            with pytest.raises((TypeError, ValueError, RuntimeError, NotImplementedError)) as caught:
+                ours(sample.input, *sample.args, **sample.kwargs)
+            assert str(caught.value), f"no message for {sample}"
+
+
+if INTERPRET:
+
+    @pytest.mark.interpret
+    @pytest.mark.parametrize("name", INFOS)
+    def test_our_kernels_ran_the_samples(name):
+        """The comparison above means something only where our kernel ran: it takes at least nine samples of ten."""
+        op = next(op for op in OPS if op.name == name)
+        op.calls.clear()
+        samples = list(INFOS[name].sample_inputs("cpu", torch.float32, requires_grad=False))[:: EVERY.get(name, 1)]
+        with fastcnn.backend("triton"):
+            for sample in samples:
+                getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
+        ran = Counter()
+        for (backend, reason), count in op.calls.items():
+            ran[backend if backend == "triton" else reason] += count
+        assert ran["triton"] >= 0.9 * len(samples), dict(ran)
