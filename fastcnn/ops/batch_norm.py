@@ -20,7 +20,8 @@ from fastcnn.ops import common
 TILE = 2048  # elements of a tile: 16 per thread of 4 warps; twice as many spill where rows are short and ragged
 PROGRAMS = 1024  # strips times channel blocks at most: eight programs per multiprocessor of an H100
 FINALIZE = dict(BLOCK_S=64, BLOCK_C=16)
-CPU_SMALLEST = 2**17  # elements from which our CPU kernels win, 40 microseconds of call overhead included
+CPU_SMALLEST = 2**18  # elements from which our CPU kernels win, 70 microseconds of overhead per step included
+CPU_CHANNELS = 16  # and in channels_last, up to where: torch loops over channels, we over several pixels at once
 
 
 def batch_norm_reference(x, weight, bias, running_mean, running_var, training, eps):
@@ -100,8 +101,10 @@ def _why_not(backend, x, parameters, training):
         return "batch_norm has kernels for contiguous weight, bias and running statistics"
     if backend == "cpu" and x.dtype not in (torch.float32, torch.float64):
         return f"batch_norm on CPU has kernels for float32 and float64 and got {x.dtype}"
-    if backend == "cpu" and current_backend() == "auto" and (not training or x.numel() < CPU_SMALLEST):
-        return "PyTorch's batch_norm is as fast on CPU in evaluation and on small tensors"
+    if backend == "cpu" and current_backend() == "auto":
+        rows = _view(x.shape, _memory_format(x)).stride_c == 1
+        if not training or x.numel() < CPU_SMALLEST or (rows and (x.dim() == 2 or x.shape[1] >= CPU_CHANNELS)):
+            return "PyTorch's batch_norm is as fast on CPU in evaluation, on small tensors and in channels_last"
     return None
 
 
@@ -296,7 +299,12 @@ class BatchNormFunction(torch.autograd.Function):
         )
 
 
-_op = Op("batch_norm", cpu_kernel=True, cpu_auto=True, why="")
+_op = Op(
+    "batch_norm",
+    cpu_kernel=True,
+    cpu_auto=True,
+    why="numba trains contiguous batches 1.2 to 1.9 times as fast as PyTorch, channels_last with 3 channels 7 times",
+)
 
 
 def batch_norm(input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5):
