@@ -205,7 +205,8 @@ def main():
             for index in range(len(list(CASES[op]())))
             for target in arguments.target
         ]
-        for task in tqdm(as_completed(tasks), total=len(tasks), unit="case", disable=not sys.stderr.isatty()):
+        every = 0.1 if sys.stderr.isatty() else 30  # seconds: a log file wants few lines
+        for task in tqdm(as_completed(tasks), total=len(tasks), unit="case", mininterval=every, maxinterval=every):
             for usage in task.result():
                 # cases share kernels: keep the first by name, so that the table does not depend on who finished first
                 key = usage.hash or (usage.kernel, usage.case), usage.target
