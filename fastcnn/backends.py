@@ -110,6 +110,11 @@ def gpu_refusal(device):
     return _gpu_refusals[index]
 
 
+def _transformed():
+    # our kernels have no tangents and no batching rules; an op that skipped them would be silently wrong
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 OPS = []
 
 
@@ -148,8 +153,8 @@ class Op:
             if reason is not None:
                 candidate = "torch"
         if not torch.compiler.is_compiling():
-            if candidate != "torch" and torch._C._are_functorch_transforms_active():
-                candidate, reason = "torch", "torch.func transforms run on PyTorch's own ops"
+            if candidate != "torch" and _transformed():
+                candidate, reason = "torch", "torch.func transforms and forward-mode gradients run on PyTorch's own ops"
             key = (candidate, reason)
             self.calls[key] = count = self.calls.get(key, 0) + 1
             if candidate == "torch" and count == 1 and tensor.is_cuda and current_backend() != "torch":

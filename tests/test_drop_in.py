@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -174,7 +175,9 @@ def test_double_backward_is_right(case, through, times_input):
         expected = penalty_gradient(lambda x: x * kept)
     else:
         expected = penalty_gradient(torchs(call))
-    torch.testing.assert_close(penalty_gradient(ours(call)), expected, rtol=1e-4, atol=1e-4)
+    for mine, theirs in zip(penalty_gradient(ours(call)), expected, strict=True):
+        # sums of squares of sums: fp32 noise grows with them, a wrong formula is off by whole factors
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
 @pytest.mark.parametrize("reentrant", (True, False))
@@ -277,25 +280,29 @@ def test_torch_func_transforms_are_right(case):
         torch.testing.assert_close(mine, theirs)
 
 
-def test_forward_mode_raises_or_is_right(case):
-    import torch.autograd.forward_ad as forward_ad
-
+def test_forward_mode_gradients_are_right(case):
+    """Like torch.func: on PyTorch's ops. An op of ours that ran would drop the tangent silently."""
     name, call, inputs = case
-    with forward_ad.dual_level():
+    with fastcnn.strict(False), forward_ad.dual_level():
         dual = forward_ad.make_dual(inputs[0], torch.ones_like(inputs[0]))
-        try:
-            output = call(fastcnn.functional, dual, *inputs[1:])
-        except (NotImplementedError, RuntimeError):
-            return
-        tangent = forward_ad.unpack_dual(output).tangent
+        tangent = forward_ad.unpack_dual(call(fastcnn.functional, dual, *inputs[1:])).tangent
         expected = forward_ad.unpack_dual(call(torch.nn.functional, dual, *inputs[1:])).tangent
-        if name not in RANDOM:
-            torch.testing.assert_close(tangent, expected)
+    if name in RANDOM:
+        assert 0 < (tangent == 0).sum() < tangent.numel()
+    else:
+        torch.testing.assert_close(tangent, expected)
+
+
+def test_opcheck_of_the_activations_in_place(lane):
+    if lane.name != "cpu":
+        x = torch.randn(5, 7, device=lane.device)
+        result = torch.library.opcheck(torch.ops.fastcnn.activation_.default, (x, "silu", 0.0, "triton"))
+        assert set(result.values()) == {"SUCCESS"}
 
 
 def test_every_registered_op_was_opchecked(lane):
     """Every torch.ops.fastcnn op is reached by some case above, or named here with the test that checks it."""
-    elsewhere = {"activation_"}  # in place: test_activation.py
+    elsewhere = {"activation_", "dropout_", "batch_norm_eval"}  # opchecked in the tests of their ops
     reached = set()
     for call, make in CASES.values():
         with fastcnn.strict(False):
