@@ -109,6 +109,8 @@ def test_run_folder(finished):
     saved = json.loads((out / "config.json").read_text())
     assert saved["seed"] == 0 and "resume" not in saved
     assert not list(out.glob("*.tmp"))
+    best = max(range(4), key=lambda i: (float(rows(out)[i]["val_accuracy"]), -float(rows(out)[i]["val_loss"])))
+    assert load_checkpoint(out / "best.pt")["epoch"] == summary["best_epoch"] == best + 1
     scalars = tensorboard(out)
     assert scalars["val_accuracy"] == [
         (i + 1, pytest.approx(float(row["val_accuracy"]))) for i, row in enumerate(rows(out))
@@ -181,12 +183,15 @@ def test_resume_from_before_the_first_epoch(finished, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["best.pt", "last.pt", "metrics.csv", "summary.json"])
 def test_resume_after_dying_while_writing(finished, tmp_path, monkeypatch, name):
-    """The process dies just before one of its files gets its name, in the last epoch that writes it."""
+    """The process dies just before one of its files gets its name, the last time that it is written."""
+    history = load_checkpoint(finished[0] / "last.pt")["history"]
+    best = [row["epoch"] for i, row in enumerate(history) if best_row(history[: i + 1]) is row]
+    writes = {"best.pt": len(best), "summary.json": 1}.get(name, 4)
     original, seen = os.replace, []
 
     def dies(source, target):
-        seen.append(str(target))
-        if str(target).endswith(name) and (name == "summary.json" or len([t for t in seen if t.endswith(name)]) == 2):
+        seen.append(target.name)
+        if target.name == name and seen.count(name) == writes:
             raise SystemExit("killed")
         return original(source, target)
 
@@ -196,6 +201,7 @@ def test_resume_after_dying_while_writing(finished, tmp_path, monkeypatch, name)
             train(config(tmp_path))
     train(config(tmp_path, resume=True))
     assert_same_run(finished[0], tmp_path)
+    assert [step for step, _ in tensorboard(tmp_path)["lr"]] == [1, 2, 3, 4]
 
 
 def test_resume_when_finished_says_so(finished, capsys):

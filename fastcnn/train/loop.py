@@ -121,6 +121,10 @@ def _train(config, out):
         row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
         history.append(row | {"images_per_second": speed, "seconds": time.perf_counter() - start})
 
+        # before the checkpoint: what a repeated epoch writes twice is hidden, what is not written stays missing
+        for name, value in history[-1].items():
+            board.add_scalar(name, value, epoch)
+        board.flush()
         is_best = best_row(history) is history[-1]
         # best before last: dying in between costs an epoch that resuming repeats, not the best weights
         if is_best:
@@ -139,9 +143,6 @@ def _train(config, out):
             },
         )
         _write_metrics(history, out / "metrics.csv")
-        for name, value in history[-1].items():
-            board.add_scalar(name, value, epoch)
-        board.flush()
         print(
             f"epoch {epoch:3}/{config.epochs}  loss {row['train_loss']:.4f}  train {row['train_accuracy']:6.2%}  "
             f"val {row['val_accuracy']:6.2%}  {speed:,.0f} img/s  lr {lr:.2e}{'  best' if is_best else ''}",
