@@ -5,6 +5,7 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 """
 
 import contextlib
+from unittest import mock
 
 import torch
 
@@ -295,9 +296,10 @@ def optimizers():
             for p in params:
                 p.grad = torch.zeros(17 * 16, dtype=dtype)[0 if aligned else 1 :]
             optimizer = make(params)
-            scale, found = (torch.ones(()), torch.zeros(())) if amp else (None, None)
-            group = optimizer.param_groups[0]
-            optimizer._update("triton", (0,), group, params, optimizer._rows(group, params), scale, found)
+            if amp:
+                optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+            with mock.patch.object(optimizer._op, "route", lambda *_: "triton"):
+                optimizer.step()
 
         return call
 
