@@ -120,6 +120,13 @@ def test_dropout_accepts_all_dtypes_as_torch():
             assert y.dtype == dtype and set(y.tolist()) == {0.0, 2.0}
 
 
+def test_dropout_of_few_elements_is_torchs_on_cpu():
+    with fastcnn.backend("auto"), fastcnn.strict():
+        fF.dropout(torch.ones(8192))
+        with pytest.raises(NotImplementedError, match="faster on CPU below 8,192 elements"):
+            fF.dropout(torch.ones(8191))
+
+
 def test_dropout_special_values(lane):
     values = torch.tensor([torch.nan, torch.inf, -torch.inf, -0.0, 1e38], device=lane.device)
     for p in (0.5, 1.0, 1e-7, 1 - 1e-7):

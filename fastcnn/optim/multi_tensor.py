@@ -1,16 +1,18 @@
 """The step that our optimizers share: all tensors of a group with one dtype and device are updated by one launch.
 
 Constructor, param groups, hooks and state_dict are torch.optim's, so a checkpoint of one loads into the other. A step
-has two passes: the first checks every gradient, chooses what runs and creates missing state; the second updates. An error
-leaves all parameters as they were.
+has two passes: the first checks every gradient, chooses what runs and creates missing state; the second updates. So an
+error leaves all parameters as they were.
 """
 
+import operator
 from functools import partial
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fastcnn.backends import current_backend
 from fastcnn.ops import common
 
 BLOCK, WARPS = 2048, 8  # elements and warps of a program; one choice for every size: the kernels stream memory
@@ -42,20 +44,8 @@ def _is_on_gpu(value):
     return isinstance(value, torch.Tensor) and value.is_cuda
 
 
-def _why_not(backend, group, params):
-    if torch.compiler.is_compiling():
-        return "torch.compile traces PyTorch's own step"
-    if group["differentiable"]:
-        return "differentiable=True records every operation, and a kernel is one to autograd"
-    dtype = params[0].dtype
-    if backend == "cpu" and dtype not in NUMPY_DTYPES:
-        return f"the CPU kernels take float32 and float64 parameters and got {dtype}"
-    if dtype not in common.FLOATS:
-        return f"the kernels take fp16, bf16, fp32 and fp64 parameters and got {dtype}"
-    for name in ("betas", "eps", "weight_decay", "momentum", "dampening"):
-        values = group.get(name, ())
-        if any(_is_on_gpu(v) for v in (values if isinstance(values, (tuple, list)) else (values,))):
-            return f"{name} is a tensor on a GPU, and the kernels take it from the host"
+def _memory_refusal(params):
+    """None if the memory of each parameter is one block of its own, else the sentence that says why not."""
     for p in params:
         if is_traceable_wrapper_subclass(p):
             return f"a parameter is a {type(p).__name__}, whose memory is not one tensor's"
@@ -65,6 +55,26 @@ def _why_not(backend, group, params):
     if len(set(addresses)) != len(addresses):
         return "two parameters share their memory, and PyTorch updates them one after the other"
     return None
+
+
+def _why_not(backend, bucket, slower):
+    if torch.compiler.is_compiling():
+        return "torch.compile traces PyTorch's own step"
+    group = bucket.group
+    if group["differentiable"]:
+        return "differentiable=True records every operation, and a kernel is one to autograd"
+    dtype = bucket.params[0].dtype
+    if backend == "cpu" and dtype not in NUMPY_DTYPES:
+        return f"the CPU kernels take float32 and float64 parameters and got {dtype}"
+    if dtype not in common.FLOATS:
+        return f"the kernels take fp16, bf16, fp32 and fp64 parameters and got {dtype}"
+    for name in ("betas", "eps", "weight_decay", "momentum", "dampening"):
+        values = group.get(name, ())
+        if any(_is_on_gpu(v) for v in (values if isinstance(values, (tuple, list)) else (values,))):
+            return f"{name} is a tensor on a GPU, and the kernels take it from the host"
+    if backend == "cpu" and slower is not None and current_backend() == "auto":
+        return slower
+    return bucket.refusal
 
 
 class Table:
@@ -108,15 +118,71 @@ class Table:
         return self.host[-1].to(device, non_blocking=True)
 
 
+class Bucket:
+    """The parameters of one group, device and dtype that have gradients, and what can be kept from step to step.
+
+    Reading sizes and strides of every tensor costs as much as updating a small network. So those of the state are read
+    again only when a parameter lies elsewhere or a state tensor is another one.
+    """
+
+    def __init__(self):
+        self.memory = self.refusal = self.state = self.state_ints = self.backend = self.table = None
+
+    def begin(self, index, group, params):
+        """Look at the parameters of this step; raise if the memory of one and of its gradient disagree."""
+        self.group, self.params = group, params
+        memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
+        if memory == self.memory:
+            return
+        for p in params:
+            if p.grad.shape != p.shape or p.grad.device != p.device:
+                raise RuntimeError(
+                    f"a parameter of group {index} is {tuple(p.shape)} on {p.device} and its gradient "
+                    f"{tuple(p.grad.shape)} on {p.grad.device}"
+                )
+        self.memory, self.state, self.refusal = memory, None, _memory_refusal(params)
+        self.sizes = [p.numel() for p in params]
+        self.total = sum(self.sizes)
+
+    def set_state(self, rows, fit):
+        """Take the rows of the state; fit(group, params, rows) brings those not seen before into shape."""
+        if self.state is not None and len(rows) == len(self.state):
+            if all(all(map(operator.is_, row, old)) for row, old in zip(rows, self.state, strict=True)):
+                return
+        fit(self.group, self.params, rows)
+        self.state = rows
+        self.state_ints = [
+            [t.data_ptr() for t in row] if isinstance(row[0], torch.Tensor) else row for row in self.state
+        ]
+
+    def make_table(self, backend):
+        """Gradients in the memory order of their parameters, and the table for this step."""
+        grads = [
+            p.grad if p.grad.stride() == memory[2] else in_order_of(p.grad, p)
+            for p, memory in zip(self.params, self.memory, strict=True)
+        ]
+        rows = [[memory[0] for memory in self.memory], [g.data_ptr() for g in grads], *self.state_ints]
+        if self.table is None or self.backend != backend or self.table.rows != rows or self.table.sizes != self.sizes:
+            previous = self.table if self.backend == backend else None
+            self.table = Table(rows, self.sizes, self.params[0].device, backend, previous)
+            self.backend = backend
+        return grads
+
+
 class MultiTensorStep:
     """Mixin: `step` of a torch.optim optimizer by our kernels.
 
-    A subclass has `_op`, `_rows(group, params)` (state, created where missing, as rows of the table after parameters
-    and gradients), `_launch_cpu`, `_launch_triton` and `_torch_update` (the same step by PyTorch).
+    A subclass has `_op`; `_names(group)`, the state tensors shaped as their parameter; `_rows(group, params)`, these
+    and one row more, created where missing, as they stand in the table; `_launch_cpu` and `_launch_triton`; and
+    `_torch_update`, the same step by PyTorch.
     """
 
     # GradScaler hands us grad_scale and found_inf instead of waiting for the GPU
     _step_supports_amp_scaling = True
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._buckets = {}  # let go of the state that a checkpoint replaces
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
@@ -125,23 +191,6 @@ class MultiTensorStep:
                 self.param_groups.pop()
                 kind = "complex" if p.is_complex() else "sparse"
                 raise ValueError(f"{type(self).__name__} does not support {kind} parameters: params[{i}] is {p.dtype}")
-
-    def _validate(self):
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if p.grad.shape != p.shape or p.grad.device != p.device:
-                    raise RuntimeError(
-                        f"parameter {i} of group {index} is {tuple(p.shape)} on {p.device} and its gradient "
-                        f"{tuple(p.grad.shape)} on {p.grad.device}"
-                    )
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    kind = "complex" if p.grad.is_complex() else "sparse"
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support {kind} gradients: parameter {i} of group {index}, of "
-                        f"shape {tuple(p.shape)}, has one"
-                    )
 
     def step(self, closure=None):
         """Update every parameter that has a gradient; as torch.optim.
@@ -164,76 +213,101 @@ class MultiTensorStep:
         return loss
 
     def _step(self):
-        self._validate()
         launches = []
-        for index, group in enumerate(self.param_groups):
-            buckets = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    buckets.setdefault((p.device, p.dtype), []).append(p)
-            for key, params in buckets.items():
-                if params[0].is_cuda and torch.cuda.is_current_stream_capturing() and not group.get("capturable", True):
-                    raise RuntimeError(f"capturing {type(self).__name__}.step in a CUDA graph needs capturable=True")
-                backend = self._op.route(params[0], partial(_why_not, group=group, params=params))
-                launches.append((backend, (index, *key), group, params))
+        for bucket in self._begin():
+            why_not = partial(_why_not, bucket=bucket, slower=self._slower(bucket))
+            launches.append((self._op.route(bucket.params[0], why_not), bucket))
         scale, found = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found is not None:
             # a kernel on the GPU asks there; others must know now, before any state is created
             launches = [
-                (backend, key, group, params)
-                for backend, key, group, params in launches
-                if (backend == "triton" and not self._must_know_found_inf(group, params)) or not found.item()
+                (backend, bucket)
+                for backend, bucket in launches
+                if (backend == "triton" and not self._must_know_found_inf(bucket)) or not found.item()
             ]
-        prepared = [backend != "torch" and self._rows(group, params) for backend, _, group, params in launches]
-        for (backend, key, group, params), rows in zip(launches, prepared, strict=True):
+        for backend, bucket in launches:
+            if backend != "torch":
+                bucket.set_state(self._rows(bucket.group, bucket.params), self._fit)
+        for backend, bucket in launches:
+            params = bucket.params
             if scale is not None and backend != "triton":
                 torch._foreach_div_(list({id(p.grad): p.grad for p in params}.values()), number(scale))
             if backend == "torch":
-                self._torch_update({**group, "params": params})
+                self._torch_update({**bucket.group, "params": params})
+                continue
+            grads = bucket.make_table(backend)
+            # the kernel writes where autograd does not see it: a backward that needs the old values must notice
+            torch.autograd.graph.increment_version(params)
+            if backend == "cpu":
+                common.cpu_threads(bucket.total // 8)  # waking a second thread costs as much as 250,000 elements
+                self._launch_cpu(bucket.group, bucket.table, NUMPY_DTYPES[params[0].dtype])
             else:
-                self._update(backend, key, group, params, rows, scale, found)
+                self._update_triton(bucket, grads, scale, found)
 
-    def _must_know_found_inf(self, group, params):
+    def _begin(self):
+        """The buckets of this step; raises what is wrong with a gradient before anything is changed."""
+        members = {}
+        for index, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                grad = p.grad
+                if grad is None:
+                    continue
+                if grad.layout is not torch.strided or grad.is_complex():
+                    kind = "complex" if grad.is_complex() else "sparse"
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support {kind} gradients: parameter {i} of group {index}, of "
+                        f"shape {tuple(p.shape)}, has one"
+                    )
+                members.setdefault((index, p.device, p.dtype), []).append(p)
+        kept = self.__dict__.setdefault("_buckets", {})
+        buckets = []
+        for key, params in members.items():
+            bucket = kept.setdefault(key, Bucket())
+            bucket.begin(key[0], self.param_groups[key[0]], params)
+            if params[0].is_cuda and not bucket.group.get("capturable", True):
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(f"{type(self).__name__}.step in a CUDA graph needs capturable=True")
+            buckets.append(bucket)
+        return buckets
+
+    def _fit(self, group, params, rows):
+        for name, row in zip(self._names(group), rows, strict=False):
+            for i, p in enumerate(params):
+                self.state[p][name] = row[i] = in_order_of(row[i], p)
+
+    def _slower(self, bucket):
+        """None, or the sentence why PyTorch is faster on CPU."""
+
+    def _must_know_found_inf(self, bucket):
         return False
 
-    def _after_triton(self, rows, found):
+    def _after_triton(self, bucket, found):
         pass
 
-    def _update(self, backend, key, group, params, rows, scale, found):
-        """Run our kernel on parameters of one device and dtype; rows are what `_rows` returned."""
+    def _update_triton(self, bucket, grads, scale, found):
+        params, table = bucket.params, bucket.table
         device = params[0].device
-        grads = [in_order_of(p.grad, p) for p in params]
-        rows = [params, grads, *rows]
-        ints = [[t.data_ptr() for t in row] if isinstance(row[0], torch.Tensor) else row for row in rows]
-        sizes = [p.numel() for p in params]
-        tables = self.__dict__.setdefault("_tables", {})
-        key = (backend, *key)
-        table = tables.get(key)
-        if table is None or table.rows != ints or table.sizes != sizes:
-            table = tables[key] = Table(ints, sizes, device, backend, table)
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                self.__dict__.setdefault("_captured", []).append(table)
-        if backend == "cpu":
-            common.cpu_threads(sum(sizes))
-            self._launch_cpu(group, table, NUMPY_DTYPES[params[0].dtype])
-            return
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.__dict__.setdefault("_captured", []).append(table)
         if scale is not None:
             scale = scale.to(device, non_blocking=True)
         if found is not None:
             found = found.to(device, non_blocking=True)
         with common.device_guard(params[0]):
-            self._launch_triton(group, table, *self._triton_arguments(group, table, params, scale, found))
-            self._after_triton(rows, found)
+            if table.count:
+                self._launch_triton(bucket.group, table, *self._triton_arguments(bucket, scale, found))
+            self._after_triton(bucket, found)
         if scale is not None:
             for p, grad in zip(params, grads, strict=True):
                 if grad is not p.grad:
                     p.grad.copy_(grad)
 
     @staticmethod
-    def _triton_arguments(group, table, params, scale, found):
+    def _triton_arguments(bucket, scale, found):
         """What both kernels take alike: the positional arguments up to `sign`, and the keywords at the end."""
         import triton.language as tl
 
+        group, table, params = bucket.group, bucket.table, bucket.params
         dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
         lr = group["lr"]
         on_device = isinstance(lr, torch.Tensor) and lr.device == params[0].device

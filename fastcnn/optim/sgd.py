@@ -7,13 +7,21 @@ import torch
 from torch.optim.sgd import sgd as torch_sgd
 
 from fastcnn.backends import Op
-from fastcnn.optim.multi_tensor import MultiTensorStep, in_order_of, number
+from fastcnn.optim.multi_tensor import MultiTensorStep, number
 
 
 class SGD(MultiTensorStep, torch.optim.SGD):
     """torch.optim.SGD with one launch per dtype and device: same arguments, same state_dict."""
 
-    _op = Op("sgd", cpu_kernel=True, cpu_auto=True, why="one numba kernel updates all tensors")
+    _op = Op(
+        "sgd",
+        cpu_kernel=True,
+        cpu_auto=True,
+        why="one kernel for all tensors: with momentum 2x torch's default step (LeNet-5, ResNet-50)",
+    )
+
+    def _names(self, group):
+        return ["momentum_buffer"] if group["momentum"] != 0 else []
 
     def _rows(self, group, params):
         if group["momentum"] == 0:
@@ -23,7 +31,8 @@ class SGD(MultiTensorStep, torch.optim.SGD):
             state = self.state[p]
             buffer = state.get("momentum_buffer")
             first.append(int(buffer is None))
-            state["momentum_buffer"] = torch.zeros_like(p) if buffer is None else in_order_of(buffer, p)
+            if buffer is None:
+                state["momentum_buffer"] = torch.zeros_like(p)
             buffers.append(state["momentum_buffer"])
         return [buffers, first]
 
@@ -37,19 +46,20 @@ class SGD(MultiTensorStep, torch.optim.SGD):
         from fastcnn.kernels.triton.sgd import sgd_kernel
 
         scalars = [number(group[name]) for name in ("momentum", "dampening", "weight_decay")]
-        if table.count:
-            sgd_kernel[(table.count,)](
-                *positional,
-                *scalars,
-                DECAY=scalars[2] != 0,
-                MOMENTUM=scalars[0] != 0,
-                NESTEROV=bool(group["nesterov"]),
-                **keywords,
-            )
+        flags = dict(DECAY=scalars[2] != 0, MOMENTUM=scalars[0] != 0, NESTEROV=bool(group["nesterov"]))
+        sgd_kernel[(table.count,)](*positional, *scalars, **flags, **keywords)
 
-    def _must_know_found_inf(self, group, params):
+    def _slower(self, bucket):
+        if bucket.group["momentum"] == 0 and bucket.total < 2**20:
+            return (
+                "without momentum PyTorch's loop is faster below a million parameters (LeNet-5: 0.04 against 0.05 ms)"
+            )
+        return None
+
+    def _must_know_found_inf(self, bucket):
         # a step that is skipped on the GPU would leave buffers of zeros: the same start, but for dampening
-        started = all(self.state.get(p, {}).get("momentum_buffer") is not None for p in params)
+        group = bucket.group
+        started = all(self.state.get(p, {}).get("momentum_buffer") is not None for p in bucket.params)
         return group["momentum"] != 0 and group["dampening"] != 0 and not started
 
     def _torch_update(self, group):
