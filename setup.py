@@ -31,6 +31,7 @@ setup(
         "numba>=0.63",
         "numpy",
         # the trainer and the command line
+        "filelock",
         "jsonargparse>=4.40",
         "matplotlib",
         "pillow",
@@ -39,7 +40,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "hypothesis", "expecttest", "ruff", "build", "torchvision"],
+        "test": ["pytest", "pytest-xdist", "expecttest", "ruff", "build"],
     },
     entry_points={"console_scripts": ["fastcnn = fastcnn.cli:main"]},
 )

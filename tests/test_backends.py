@@ -39,7 +39,7 @@ def test_backend_is_restored_after_an_error():
     [
         ("torch", "the backend is set to torch"),
         ("triton", "Triton kernels need a CUDA tensor"),
-        ("auto", "memory speed"),
+        ("auto", "no CPU kernel of ours"),
     ],
 )
 def test_strict_raises_with_the_reason(name, sentence):

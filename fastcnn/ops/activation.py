@@ -119,7 +119,7 @@ def _differentiable_backward(grad_output, saved, kind, slope):
 
 
 def _declare(name):
-    why = "PyTorch's vectorised loops already run at memory speed"
+    why = "one pass over memory, which PyTorch vectorises; there is no CPU kernel of ours"
     return Op(name, cpu_kernel=False, cpu_auto=False, why=why)
 
 
