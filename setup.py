@@ -34,7 +34,7 @@ setup(
         "filelock",
         "jsonargparse>=4.40",
         "matplotlib",
-        "pillow",
+        "pillow>=10.1",
         "scikit-learn",
         "tensorboard",
         "tqdm",

@@ -3,12 +3,13 @@
 from fastcnn.backends import backend, env, explain, strict
 
 __version__ = "0.1.0"
-__all__ = ["backend", "env", "explain", "functional", "models", "nn", "optim", "strict"]
+SUBMODULES = ("data", "functional", "models", "nn", "optim", "testing", "train")
+__all__ = ["backend", "env", "explain", "strict", *SUBMODULES]
 
 
 def __getattr__(name):
     # submodules on first use, so that importing fastcnn costs little more than importing torch
-    if name in ("functional", "models", "nn", "optim"):
+    if name in SUBMODULES:
         import importlib
 
         return importlib.import_module(f"fastcnn.{name}")
