@@ -219,24 +219,27 @@ def test_conv2d_splits_pixels(lane):
     assert_matches(fF.conv2d, F.conv2d, x, w, b)
 
 
-def far_apart(tensor):
-    """The same values with the elements of dimension 0 more than 2^31 elements apart."""
+def far_apart(tensor, dim):
+    """The same values with the third element of a dimension 2^31 elements from the first: one too far for 32 bits."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = False
     storage = torch.empty(2**31 + 2**16, dtype=tensor.dtype, device=tensor.device)  # never touched: costs no memory
     torch.utils.deterministic.fill_uninitialized_memory = fill
-    return storage.as_strided(tensor.shape, (2**31, *tensor[:1].contiguous().stride()[1:])).copy_(tensor)
+    strides = list(tensor.contiguous().stride())
+    strides[dim] = 2**30
+    return storage.as_strided(tensor.shape, strides).copy_(tensor)
 
 
+@pytest.mark.parametrize("dim", (0, 1), ids=("outer", "channels"))
 @pytest.mark.parametrize("which", ("input", "weight", "grad_output"))
-def test_conv2d_with_strides_beyond_32_bits(lane, which):
-    x, w = randn(2, 3, 5, 5, device=lane.device, dtype=fp16), randn(2, 3, 2, 2, device=lane.device, dtype=fp16)
-    grad = torch.randn(2, 2, 4, 4, device=lane.device, dtype=fp16)
+def test_conv2d_of_elements_beyond_32_bits(lane, which, dim):
+    x, w = randn(3, 3, 3, 3, device=lane.device, dtype=fp16), randn(3, 3, 2, 2, device=lane.device, dtype=fp16)
+    grad = torch.randn(3, 3, 2, 2, device=lane.device, dtype=fp16)
     expected = F.conv2d(x, w)
     truth = (expected, *torch.autograd.grad(expected, (x, w), grad))
     if which == "grad_output":
-        grad = far_apart(grad)
-    x, w = (leaf(far_apart(t.detach())) if which == name else t for name, t in (("input", x), ("weight", w)))
+        grad = far_apart(grad, dim)
+    x, w = (leaf(far_apart(t.detach(), dim)) if which == name else t for name, t in (("input", x), ("weight", w)))
     y = fF.conv2d(x, w)
     torch.testing.assert_close((y, *torch.autograd.grad(y, (x, w), grad)), truth, atol=1e-2, rtol=1e-2)
 

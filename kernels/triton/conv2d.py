@@ -288,7 +288,9 @@ def conv2d_backward_weight_kernel(
     pid = pid // tiles_n
     g = pid % G
     split = pid // G
+    step = tl.arange(0, BLOCK_K)
     if INT64:
+        step = step.to(tl.int64)
         k = k.to(tl.int64)
         c = c.to(tl.int64)
         g = g.to(tl.int64)
@@ -299,7 +301,7 @@ def conv2d_backward_weight_kernel(
     start = split * share
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for m0 in range(start, tl.minimum(start + share, M), BLOCK_K):
-        m = m0 + tl.arange(0, BLOCK_K)
+        m = m0 + step
         n = m // (P * Q)
         p = m % (P * Q) // Q
         q = m % Q
@@ -348,14 +350,16 @@ def conv2d_backward_bias_kernel(
     pid = tl.program_id(0)
     k = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     split = pid // tiles_n
+    step = tl.arange(0, BLOCK_M)
     if INT64:
+        step = step.to(tl.int64)
         k = k.to(tl.int64)
         split = split.to(tl.int64)
         M = M.to(tl.int64)
     start = split * share
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for m0 in range(start, tl.minimum(start + share, M), BLOCK_M):
-        m = m0 + tl.arange(0, BLOCK_M)
+        m = m0 + step
         n = m // (P * Q)
         p = m % (P * Q) // Q
         q = m % Q
