@@ -17,7 +17,7 @@ class SGD(MultiTensorStep, torch.optim.SGD):
         "sgd",
         cpu_kernel=True,
         cpu_auto=True,
-        why="one kernel for all tensors: with momentum 2x torch's default step, 0.9x its fused one (LeNet-5, ResNet-50)",
+        why="one kernel for all tensors: with momentum 2x torch's default step, 0.9x its fused (LeNet-5, ResNet-50)",
     )
 
     def _names(self, group):
