@@ -55,6 +55,7 @@ def test_philox_gives_the_published_words(counter, key, words):
     assert tuple(int(w) for w in philox_reference(tensors(counter), tensors(key))) == words
     if not INTERPRET:
         import numpy as np
+
         from fastcnn.kernels.cpu.dropout import philox
 
         assert tuple(int(w) for w in philox.py_func(*(np.uint64(v) for v in counter + key))) == words
@@ -326,9 +327,9 @@ def test_dropout_beyond_32_bits_of_groups():
 @pytest.mark.parametrize("pixels", (None, 4, 3))
 def test_dropout_beyond_32_bits_of_offsets(monkeypatch, pixels):
     # virtual tensors of more than 2^31 elements, of which one program's are touched
-    from fastcnn.kernels.triton.dropout import dropout_kernel, dropout_transposed_kernel
     from triton.runtime.interpreter import interpreter_builder
 
+    from fastcnn.kernels.triton.dropout import dropout_kernel, dropout_transposed_kernel
     from fastcnn.ops.dropout import BLOCK
 
     torch.utils.deterministic.fill_uninitialized_memory = False

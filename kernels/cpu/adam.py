@@ -2,6 +2,7 @@
 
 import numba
 import numpy as np
+
 from fastcnn.kernels.cpu.common import array_at
 
 

@@ -1,6 +1,7 @@
 """SGD on many arrays at once, given by their addresses. Formulas: kernels/triton/sgd.py."""
 
 import numba
+
 from fastcnn.kernels.cpu.common import array_at
 
 

@@ -6,6 +6,7 @@ Comparisons are written so that NaN falls through to x: `max` in compiled Triton
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

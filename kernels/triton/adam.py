@@ -12,6 +12,7 @@ Sources: Kingma and Ba 2015; Reddi et al. 2018 (AMSGrad); Loshchilov and Hutter 
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.multi_tensor import divide, load, scalar, square_root, store, tensor_at
 
 

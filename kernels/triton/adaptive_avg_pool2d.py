@@ -5,6 +5,7 @@ Global pooling (1x1) has a kernel of its own that reads whole tiles; the others 
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 from fastcnn.kernels.triton.pooling import pixel_tile
 

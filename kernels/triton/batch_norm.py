@@ -10,6 +10,7 @@ Sums of squares are taken about a pivot near the mean: E[x^2] - E[x]^2 has no co
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

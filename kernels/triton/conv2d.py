@@ -10,6 +10,7 @@ A transposed convolution is the same three kernels in other roles, a linear laye
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

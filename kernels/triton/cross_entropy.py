@@ -10,6 +10,7 @@ Sums over rows go program by program to memory and are merged in order: same bit
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

@@ -7,6 +7,7 @@ takes word i % 4 of Philox4x32-10 with key = seed (low word, high word) and coun
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

@@ -5,6 +5,7 @@ y[n,c,p,q] = max over r, s of x[n, c, p*stride_h - pad_h + r*dilation_h, q*strid
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 from fastcnn.kernels.triton.pooling import pixel_tile
 

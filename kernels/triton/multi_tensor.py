@@ -7,6 +7,7 @@ of a program does not depend on the sizes of the tensors.
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.common import accumulator
 
 

@@ -9,6 +9,7 @@ Source of the momentum forms: Sutskever et al. 2013, as torch.optim.SGD writes t
 
 import triton
 import triton.language as tl
+
 from fastcnn.kernels.triton.multi_tensor import divide, load, scalar, store, tensor_at
 
 
