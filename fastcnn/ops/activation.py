@@ -62,7 +62,7 @@ def _launch(kernel, tensors, slope, kind):
         return
     with common.device_guard(tensors[0]):
         kernel[(-(-numel // BLOCK),)](
-            *tensors, numel, slope, KIND=kind, INT64=common.exceeds_int32(tensors[0]), BLOCK=BLOCK
+            *tensors, numel, SLOPE=slope, KIND=kind, INT64=common.exceeds_int32(tensors[0]), BLOCK=BLOCK
         )
 
 

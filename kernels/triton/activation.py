@@ -31,14 +31,14 @@ def tanh(x):
 
 
 @triton.jit
-def activate(x, slope, KIND: tl.constexpr):
-    """f(x). slope is the negative slope of leaky_relu, unused otherwise."""
+def activate(x, SLOPE: tl.constexpr, KIND: tl.constexpr):
+    """f(x). SLOPE is the negative slope of leaky_relu, else 0: a constant, because a float argument would be fp32."""
     if KIND == "relu":
         return tl.where(x <= 0, 0.0, x)
     elif KIND == "relu6":
         return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
     elif KIND == "leaky_relu":
-        return tl.where(x > 0, x, x * slope)
+        return tl.where(x > 0, x, x * SLOPE)
     elif KIND == "silu":
         return x * sigmoid(x)
     elif KIND == "sigmoid":
@@ -56,14 +56,14 @@ def activate(x, slope, KIND: tl.constexpr):
 
 
 @triton.jit
-def activate_backward(dy, saved, slope, KIND: tl.constexpr):
+def activate_backward(dy, saved, SLOPE: tl.constexpr, KIND: tl.constexpr):
     """dy * f'(x). saved is y for relu, sigmoid and tanh, and x for the others: what torch saves, too."""
     if KIND == "relu":
         return tl.where(saved <= 0, 0.0, dy)
     elif KIND == "relu6":
         return tl.where((saved <= 0) | (saved >= 6), 0.0, dy)
     elif KIND == "leaky_relu":
-        return tl.where(saved > 0, dy, dy * slope)
+        return tl.where(saved > 0, dy, dy * SLOPE)
     elif KIND == "silu":
         s = sigmoid(saved)
         return dy * s * (1.0 + saved * (1.0 - s))
@@ -87,7 +87,9 @@ def activate_backward(dy, saved, slope, KIND: tl.constexpr):
 
 
 @triton.jit
-def activation_forward_kernel(x_ptr, y_ptr, numel, slope, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr):
+def activation_forward_kernel(
+    x_ptr, y_ptr, numel, SLOPE: tl.constexpr, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr
+):
     # one program computes BLOCK consecutive elements
     pid = tl.program_id(0)
     if INT64:
@@ -95,12 +97,12 @@ def activation_forward_kernel(x_ptr, y_ptr, numel, slope, KIND: tl.constexpr, IN
     i = pid * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
     x = accumulator(tl.load(x_ptr + i, mask=inside))
-    tl.store(y_ptr + i, activate(x, slope, KIND).to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + i, activate(x, SLOPE, KIND).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def activation_backward_kernel(
-    dy_ptr, saved_ptr, dx_ptr, numel, slope, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr
+    dy_ptr, saved_ptr, dx_ptr, numel, SLOPE: tl.constexpr, KIND: tl.constexpr, INT64: tl.constexpr, BLOCK: tl.constexpr
 ):
     # one program computes BLOCK consecutive elements
     pid = tl.program_id(0)
@@ -110,5 +112,5 @@ def activation_backward_kernel(
     inside = i < numel
     dy = accumulator(tl.load(dy_ptr + i, mask=inside))
     saved = accumulator(tl.load(saved_ptr + i, mask=inside))
-    dx = activate_backward(dy, saved, slope, KIND)
+    dx = activate_backward(dy, saved, SLOPE, KIND)
     tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
