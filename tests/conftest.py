@@ -39,6 +39,13 @@ def lane(request):
         yield SimpleNamespace(name=name, device=torch.device("cuda" if name == "gpu" else "cpu"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def settable_flags():
+    # torch.testing._internal, once imported, forbids setting backend flags; the trainer does what users may do
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def reproducible():
     torch.manual_seed(0)
@@ -46,7 +53,5 @@ def reproducible():
     torch.set_num_threads(1)
     # torch.empty now returns NaN: an output our kernels forget to write shows
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # torch.testing._internal, once imported, forbids setting backend flags; the trainer does what users may do
-    with torch.backends.__allow_nonbracketed_mutation():
-        yield
+    yield
     torch.use_deterministic_algorithms(False)
