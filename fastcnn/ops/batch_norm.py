@@ -24,6 +24,7 @@ FINALIZE = dict(BLOCK_S=64, BLOCK_C=16)
 CPU_SMALLEST = 2**17  # elements, channels_last
 CPU_CHANNELS = 16  # and fewer channels than this, over which torch loops one by one
 CPU_SMALLEST_CONTIGUOUS = 2**20  # elements
+CPU_PLANE = 1024  # and pixels at least: the sums of a plane cost a fixed time
 
 
 def batch_norm_reference(x, weight, bias, running_mean, running_var, training, eps):
@@ -107,7 +108,8 @@ def _why_not(backend, x, parameters, training):
         if not training or x.numel() < CPU_SMALLEST:
             return "PyTorch's batch_norm is as fast on CPU in evaluation and on small tensors"
         rows = _view(x.shape, _memory_format(x)).stride_c == 1
-        if x.dim() == 2 or (x.shape[1] >= CPU_CHANNELS if rows else x.numel() < CPU_SMALLEST_CONTIGUOUS):
+        small = x.numel() < CPU_SMALLEST_CONTIGUOUS or x.numel() < CPU_PLANE * x.shape[0] * x.shape[1]
+        if x.dim() == 2 or (x.shape[1] >= CPU_CHANNELS if rows else small):
             return "PyTorch's batch_norm is as fast on CPU on tensors of this shape"
     return None
 
@@ -307,7 +309,7 @@ _op = Op(
     "batch_norm",
     cpu_kernel=True,
     cpu_auto=True,
-    why="numba trains large contiguous batches 1.1 to 2.8 times as fast as PyTorch, few channels last 2 to 14 times",
+    why="numba trains contiguous planes from 56x56 at 1.2 to 1.5x PyTorch, channels_last of few channels at 10 to 17x",
 )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from fastcnn.kernels.cpu.common import array_at
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"})
+@numba.njit(error_model="numpy")
 def _update(p, g, m, v, w, sign, step_size, inverse_root, beta1, weight1, beta2, weight2, eps, l2, keep, amsgrad):
     # every scalar has the dtype of the arrays: one Python number would make the whole loop run in fp64
     for i in range(p.size):

@@ -3,18 +3,22 @@
 Sums are taken in fp32 over short runs, about a pivot near the mean, and added up in fp64. A thread of the planes
 kernels owns whole channels, so the second pass over a channel finds it in the cache. The rows kernels fold several
 pixels into one long row of at least FOLD values: loops over few channels would not vectorise.
+
+The order of every addition is written down, in lanes that vectorise as they stand. With fastmath the compiler would
+choose it, and chose otherwise in the process that compiled than in those that load the compiled code: results would
+differ in the last bit.
 """
 
 import numba
 import numpy as np
 
 FOLD = 256  # values of a folded row at least
+LANES = 64  # sums side by side in a plane
 RUN = 64  # folded rows per fp32 run
 STRIPS = 16  # partial sums of the rows kernels; fixed, so that the number of threads does not change the result
 
-# NaN and infinity keep their meaning; only the order of additions is free, so that loops vectorise
-jit = numba.njit(parallel=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
-inline = numba.njit(error_model="numpy", fastmath={"reassoc", "contract", "nsz"})
+jit = numba.njit(parallel=True, cache=True, error_model="numpy")
+inline = numba.njit(error_model="numpy")
 
 
 @inline
@@ -31,29 +35,78 @@ def finalize(c, count, pivot, s1, s2, mean, invstd, running_mean, running_var, m
         running_var[c] = (1.0 - momentum) * running_var[c] + momentum * (squares / (count - 1.0))
 
 
+@inline
+def sum_lanes(lanes):
+    total = 0.0
+    for j in range(LANES):
+        total += lanes[j]
+    return total
+
+
+@inline
+def plane_pivot(plane):
+    """Mean of a plane, 0 where it is not finite."""
+    run = np.zeros(LANES, plane.dtype)
+    whole = plane.size // LANES * LANES
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            run[j] += plane[start + j]
+    for j in range(plane.size - whole):
+        run[j] += plane[whole + j]
+    pivot = plane.dtype.type(sum_lanes(run) / plane.size)
+    return pivot if np.isfinite(pivot) else plane.dtype.type(0)
+
+
+@inline
+def add_plane_moments(x, n, c, pivot, run1, run2, s1, s2):
+    """Add the sums of x[n, c] - pivot and of its square to the lanes s1 and s2, in fp64."""
+    whole = x.shape[2] // LANES * LANES
+    run1[:] = 0
+    run2[:] = 0
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            d = x[n, c, start + j] - pivot
+            run1[j] += d
+            run2[j] += d * d
+    for j in range(x.shape[2] - whole):
+        d = x[n, c, whole + j] - pivot
+        run1[j] += d
+        run2[j] += d * d
+    for j in range(LANES):
+        s1[j] += run1[j]
+        s2[j] += run2[j]
+
+
+@inline
+def add_plane_products(dy, x, n, c, mean, run1, run2, s1, s2):
+    """Add the sums of dy and of dy * (x - mean) over plane [n, c] to the lanes s1 and s2, in fp64."""
+    whole = x.shape[2] // LANES * LANES
+    run1[:] = 0
+    run2[:] = 0
+    for start in range(0, whole, LANES):
+        for j in range(LANES):
+            run1[j] += dy[n, c, start + j]
+            run2[j] += dy[n, c, start + j] * (x[n, c, start + j] - mean)
+    for j in range(x.shape[2] - whole):
+        run1[j] += dy[n, c, whole + j]
+        run2[j] += dy[n, c, whole + j] * (x[n, c, whole + j] - mean)
+    for j in range(LANES):
+        s1[j] += run1[j]
+        s2[j] += run2[j]
+
+
 @jit
 def planes_forward(x, y, weight, bias, mean, invstd, running_mean, running_var, momentum, eps):
     """y, mean, invstd of the batch and the running statistics; weight, bias and running statistics may be empty."""
     N, C, S = x.shape
     for c in numba.prange(C):
         zero = x.dtype.type(0)
-        total = zero
-        for s in range(S):
-            total += x[0, c, s]
-        pivot = total / x.dtype.type(S)
-        if not np.isfinite(pivot):
-            pivot = zero
-        s1 = 0.0
-        s2 = 0.0
+        pivot = plane_pivot(x[0, c])
+        run1, run2 = np.empty(LANES, x.dtype), np.empty(LANES, x.dtype)
+        lanes1, lanes2 = np.zeros(LANES), np.zeros(LANES)
         for n in range(N):
-            run1 = zero
-            run2 = zero
-            for s in range(S):
-                d = x[n, c, s] - pivot
-                run1 += d
-                run2 += d * d
-            s1 += run1
-            s2 += run2
+            add_plane_moments(x, n, c, pivot, run1, run2, lanes1, lanes2)
+        s1, s2 = sum_lanes(lanes1), sum_lanes(lanes2)
         finalize(c, N * S, pivot, s1, s2, mean, invstd, running_mean, running_var, momentum, eps)
         m = mean[c]
         scale = invstd[c] * weight[c] if weight.size > 0 else invstd[c]
@@ -87,16 +140,11 @@ def planes_backward(dy, x, dx, weight, mean, invstd, dweight, dbias, training):
         along_one = zero
         along_x = zero
         if training or dweight.size > 0:
-            s1 = 0.0
-            s2 = 0.0
+            run1, run2 = np.empty(LANES, x.dtype), np.empty(LANES, x.dtype)
+            lanes1, lanes2 = np.zeros(LANES), np.zeros(LANES)
             for n in range(N):
-                run1 = zero
-                run2 = zero
-                for s in range(S):
-                    run1 += dy[n, c, s]
-                    run2 += dy[n, c, s] * (x[n, c, s] - m)
-                s1 += run1
-                s2 += run2
+                add_plane_products(dy, x, n, c, m, run1, run2, lanes1, lanes2)
+            s1, s2 = sum_lanes(lanes1), sum_lanes(lanes2)
             if dweight.size > 0:
                 dweight[c] = s2 * invstd[c]
                 dbias[c] = s1

@@ -5,7 +5,7 @@ import numba
 from fastcnn.kernels.cpu.common import array_at
 
 
-@numba.njit(error_model="numpy", fastmath={"contract"})
+@numba.njit(error_model="numpy")
 def _update(p, g, b, sign, lr, momentum, weight, weight_decay, nesterov, use_momentum, first):
     # every scalar has the dtype of the arrays: one Python number would make the whole loop run in fp64
     for i in range(p.size):
