@@ -16,6 +16,7 @@ from fastcnn.backends import current_backend
 from fastcnn.ops import common
 
 BLOCK, WARPS = 2048, 8  # elements and warps of a program; one choice for every size: the kernels stream memory
+REGISTERS = 255  # per thread: left alone, the assembler of Triton 3.6 spills to fit one more block
 CPU_CHUNK = 16384  # elements per turn of a thread
 NUMPY_DTYPES = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 
@@ -322,6 +323,10 @@ class MultiTensorStep:
             -1.0 if group["maximize"] else 1.0,
         )
         keywords = dict(
-            DTYPE=dtypes.get(params[0].dtype, tl.float64), ALIGNED=table.aligned, BLOCK=BLOCK, num_warps=WARPS
+            DTYPE=dtypes.get(params[0].dtype, tl.float64),
+            ALIGNED=table.aligned,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            maxnreg=REGISTERS,
         )
         return positional, keywords
