@@ -87,6 +87,9 @@ def test_shift_moves_down_and_right_and_fills_with_black():
                 if 0 <= row - down < 6 and 0 <= col - right < 5:
                     expected[:, row, col] = image[:, row - down, col - right]
         assert torch.equal(result, expected)
+    # a grey image must not look like channels_last: the whole network would follow
+    grey = images[:, :1].contiguous()
+    assert shift_images(grey, offsets).stride() == grey.stride() == (30, 30, 5, 1)
 
 
 @pytest.mark.parametrize("name, near", [("digit", "digits"), ("MNIST", "mnist"), ("cifar-10", "cifar10")])

@@ -131,7 +131,9 @@ def shift_images(images, offsets, pad=MAX_SHIFT):
     cols = torch.arange(width) + pad - offsets[:, 1:]
     sample = torch.arange(len(images))
     # advanced indices around a slice go first: [N, H, W, C]
-    return padded[sample[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    shifted = padded[sample[:, None, None], :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    # contiguous() would leave grey images as they are, with strides that PyTorch then takes for channels_last
+    return shifted.flatten(1).view(images.shape)
 
 
 class _EpochBatches:
