@@ -224,6 +224,13 @@ def test_cross_entropy_target_out_of_range(lane, value):
     same(fF.cross_entropy(x, target, ignore_index=value), F.cross_entropy(x, target.where(target != value, -100)))
 
 
+@pytest.mark.parametrize("kind", (IndexError, ValueError))
+def test_cross_entropy_target_out_of_range_on_pytorch(kind):
+    for shape, target in (((3, 5), [0, 7, 1]), ((5,), 7), ((2, 5, 3), [[0, 1, 7], [0, 0, 0]])):
+        with pytest.raises(kind, match=r"target must be in \[0, 5\) or ignore_index \(-100\), got 7"):
+            fF.cross_entropy(torch.zeros(shape), torch.tensor(target))
+
+
 def test_cross_entropy_no_class_is_nan_in_the_kernel(lane, monkeypatch):
     # as on a GPU, where nothing checks before the launch
     monkeypatch.setattr(ops, "_check_classes", lambda *_: None)

@@ -120,6 +120,24 @@ def test_samples_agree(name, layout, backend):
 
 
 @pytest.mark.parametrize("backend", backends())
+def test_dropout_samples(backend):
+    """Random, so not equal to torch's: every element is 0 or scaled, its gradient likewise, and eval is the identity."""
+    info = next(info for info in op_db if info.name == "nn.functional.dropout")
+    with fastcnn.backend(backend):
+        for sample in info.sample_inputs("cpu", torch.float32, requires_grad=True):
+            x = sample.input.detach().clone().requires_grad_()
+            p, training = sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
+            y = F.dropout(x, *sample.args, **{k: v for k, v in sample.kwargs.items() if k != "inplace"})
+            (grad,) = torch.autograd.grad(y.sum(), x)
+            factor = 1.0 if not training else 0.0 if p == 1 else 1 / (1 - p)
+            assert y.shape == x.shape and y.dtype == x.dtype
+            assert ((grad == 0) | ((grad - factor).abs() < 1e-6)).all()
+            torch.testing.assert_close(y, x * grad)
+            if not training or p == 0:
+                assert torch.equal(y, x)
+
+
+@pytest.mark.parametrize("backend", backends())
 @pytest.mark.parametrize("name", [n for n, info in INFOS.items() if info.error_inputs_func is not None])
 def test_errors_agree(name, backend):
     info, ours = INFOS[name], getattr(F, name)

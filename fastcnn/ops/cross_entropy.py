@@ -5,7 +5,7 @@ index to ignore. "mean" divides by the weights of the targets that count (class 
 Saved for backward: x, target, weight, and per row logsumexp(x) and the sum of q: no tensor of the size of x is added.
 Torch counterpart: torch.nn.functional.cross_entropy. Source of label smoothing: Szegedy et al. 2015 (Inception v3).
 
-A target that is no class raises IndexError on CPU. A GPU could only report it by stopping for it: there the row's loss
+A target that is no class raises on CPU. A GPU could only report it by stopping for it: there the row's loss
 and gradient are NaN, and Triton's debug mode (TRITON_DEBUG=1) stops the kernel with an assertion.
 """
 
@@ -83,14 +83,18 @@ def _two_floats(value):
     return high, value - high
 
 
+class TargetError(IndexError, ValueError):
+    """A target that is no class: the IndexError that torch raises, and the ValueError of any bad argument of ours."""
+
+
 def _check_classes(target, classes, ignore_index):
-    """Raise IndexError for the first target that is no class. For CPU tensors: a GPU's answer takes a wait."""
+    """Raise TargetError for the first target that is no class. For CPU tensors: a GPU's answer takes a wait."""
     target = target.long()  # as uint8, ignore_index would wrap around
     bad = (target < 0) | (target >= classes)
     bad &= target != ignore_index
     if bad.any():
         value = int(target[bad].flatten()[0])
-        raise IndexError(f"target must be in [0, {classes}) or ignore_index ({ignore_index}), got {value}")
+        raise TargetError(f"target must be in [0, {classes}) or ignore_index ({ignore_index}), got {value}")
 
 
 def cross_entropy_forward(x, target, weight, reduction, ignore_index, label_smoothing, dtype, backend):
@@ -234,7 +238,8 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: arguments that do not go together.
-        IndexError: a target that is no class, for CPU tensors. On a GPU the loss of such a row is NaN.
+        TargetError: an IndexError and ValueError: a target that is no class, for CPU tensors. On a GPU the loss of such
+            a row is NaN.
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
@@ -242,9 +247,14 @@ def cross_entropy(
     dtype = _check(input, target, weight, ignore_index, label_smoothing)
     backend = _op.route(input, lambda backend: _why_not(backend, input, target, weight, dtype))
     if backend == "torch":
-        return F.cross_entropy(
-            input, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
+        try:
+            return F.cross_entropy(
+                input, target, weight, reduction=reduction, ignore_index=ignore_index, label_smoothing=label_smoothing
+            )
+        except IndexError:
+            # torch has looked at every target already: only its sentence is poor
+            _check_classes(target, input.shape[min(1, input.dim() - 1)], ignore_index)
+            raise
     return CrossEntropyFunction.apply(
         input, target, weight, reduction, ignore_index, float(label_smoothing), dtype, backend
     )
