@@ -121,7 +121,7 @@ def test_samples_agree(name, layout, backend):
 
 @pytest.mark.parametrize("backend", backends())
 def test_dropout_samples(backend):
-    """Random, so not equal to torch's: every element is 0 or scaled, its gradient likewise, and eval is the identity."""
+    """Random, so not equal to torch's: every element is 0 or scaled, as its gradient is, and eval is the identity."""
     info = next(info for info in op_db if info.name == "nn.functional.dropout")
     with fastcnn.backend(backend):
         for sample in info.sample_inputs("cpu", torch.float32, requires_grad=True):
