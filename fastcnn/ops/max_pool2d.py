@@ -16,7 +16,7 @@ OP = Op(
     "max_pool2d",
     cpu_kernel=True,
     cpu_auto=True,
-    why="1.3 to 5 times as fast as PyTorch (contiguous), equally fast (channels_last), a fraction of the saved bytes",
+    why="from 2^16 elements 1.2 to 2.3 times as fast as PyTorch (contiguous); a fraction of the saved bytes",
 )
 
 
@@ -35,7 +35,7 @@ def _why_not(backend, input, window):
         if any(dilation > size for dilation, size in zip(window[6:], input.shape[-2:], strict=True)):
             return f"the CPU kernel of max_pool2d needs a dilation within the image and got {tuple(window[6:])}"
         if current_backend() == "auto":
-            least = 2**20 if pooling.follows_channels_last(input) else 2**15
+            least = 2**20 if pooling.follows_channels_last(input) else 2**16
             if input.numel() < least:
                 return f"below {least} elements in this layout PyTorch was measured faster"
     return None
