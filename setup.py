@@ -20,11 +20,11 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels
-    packages=find_packages(include=["fastcnn", "fastcnn.*"], exclude=["fastcnn.kernels"])
-    + ["fastcnn.kernels", *kernels],
-    package_dir={"fastcnn.kernels": "kernels"},
-    package_data={"fastcnn.kernels.cuda": ["*.cu", "*.cuh"]},
+    # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels; benchmarks/ too
+    packages=find_packages(include=["fastcnn", "fastcnn.*"], exclude=["fastcnn.kernels", "fastcnn.benchmarks"])
+    + ["fastcnn.kernels", *kernels, "fastcnn.benchmarks"],
+    package_dir={"fastcnn.kernels": "kernels", "fastcnn.benchmarks": "benchmarks"},
+    package_data={"fastcnn.kernels.cuda": ["*.cu", "*.cuh"], "fastcnn.benchmarks": ["shapes.json"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
@@ -40,7 +40,9 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "expecttest", "ruff", "build"],
+        # networks to measure beside ours, and the benchmarks as pytest cases
+        "bench": ["pytest", "pytest-benchmark", "timm", "torchvision"],
+        "test": ["fastcnn[bench]", "pytest-xdist", "expecttest", "ruff", "build"],
     },
     entry_points={"console_scripts": ["fastcnn = fastcnn.cli:main"]},
 )
