@@ -25,11 +25,11 @@ def build(name, num_classes=None):
         raise ValueError(f"model must be NAME or SOURCE:NAME with a source of {', '.join(_SOURCES)}, got {name!r}")
     options = {} if num_classes is None else {"num_classes": num_classes}
     missing = []
-    for source in [source] if source else _SOURCES:
+    for candidate in [source] if source else _SOURCES:
         try:
-            make = _SOURCES[source](plain)
+            make = _SOURCES[candidate](plain)
         except ImportError:
-            missing.append(source)
+            missing.append(candidate)
             continue
         if make is not None:
             return make(**options).train()

@@ -1,0 +1,120 @@
+"""Result rows: benchmarks/results/<device>.jsonl, one JSON object per case, provider and pass, appended as measured.
+
+benchmarks/README.md explains the fields.
+"""
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+
+# what tells one measurement from another; the newest of each is what counts
+KEY = ("device", "op", "case", "provider", "pass", "graph", "dtype", "layout", "batch")
+
+
+def run_info(device, ceilings):
+    """The fields that all rows of a run share.
+
+    Args:
+        device: torch.device.
+        ceilings: of `timing.ceilings`, measured in this run.
+    """
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    cuda = device.type == "cuda"
+    return {
+        **ceilings,
+        "device": torch.cuda.get_device_name(device) if cuda else f"{_cpu_name()}, {torch.get_num_threads()} threads",
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "commit": _commit(),
+        "date": now,
+        "run": now,
+    }
+
+
+def slug(device):
+    """The stem of a device's files: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def append(rows, folder):
+    """Append rows to the file of their device, at once on disk; a run that is cut off keeps them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    for row in rows if isinstance(rows, list) else [rows]:
+        with open(folder / f"{slug(row['device'])}.jsonl", "a") as file:
+            file.write(json.dumps(row | {"date": now}) + "\n")
+
+
+def read_rows(folder):
+    """All rows of a folder, device by device, in the order in which they were measured.
+
+    Raises:
+        ValueError: a line is no row; the message names file and line. The last line of a file may be cut off.
+    """
+    rows = []
+    for path in sorted(Path(folder).glob("*.jsonl")):
+        lines = path.read_text().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                missing = [field for field in KEY if field not in row]
+            except (json.JSONDecodeError, TypeError):
+                missing = ["JSON"]
+            if not missing:
+                rows.append(row)
+            elif number < len(lines) or line.endswith("\n"):
+                raise ValueError(f"{path}, line {number} is no result row: it lacks {', '.join(missing)}")
+    return rows
+
+
+def newest(rows):
+    """The last row of each measurement (KEY), in the order in which they first appeared."""
+    found = {}
+    for row in rows:
+        found[tuple(row[field] for field in KEY)] = row
+    return list(found.values())
+
+
+def _cpu_name():
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return re.sub(r"\s+", " ", re.sub(r"\((R|TM|r|tm)\)", "", match.group(1))).strip() if match else platform.machine()
+
+
+def _triton_version():
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _commit():
+    commit = _output("git", "rev-parse", "--short", "HEAD")
+    if commit is None:
+        return None
+    # new result rows are no change of what is measured
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return commit + ("+" if changed else "")
+
+
+def _output(*command):
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
