@@ -32,6 +32,8 @@ class Setting:
     layout: str  # of compile and fastcnn: "channels_last" or "contiguous"; torch and torch-nhwc have their own
     batch: int
     seconds: float  # of measuring, per provider and case
+    rounds: int = 5  # at least, whatever they take
+    split: bool = True  # whether grad_input and grad_weight are timed apart, too
 
 
 @dataclasses.dataclass
@@ -198,14 +200,24 @@ def _attempt(provider, refused, action):
     return None
 
 
-def _prepare(problem, providers, setting):
-    """Gate every provider; (name -> list of calls for `measure`, name -> memory, name -> (status, reason))."""
+def prepare(problem, providers, setting):
+    """Gate every provider.
+
+    Returns:
+        (provider -> list of calls for `timing.measure`, provider -> its memory fields, provider -> (status, reason) of
+        those that cannot run or are wrong). The calls of the first provider are there once more as `AGAIN`.
+    """
+    if isinstance(problem, OptimizerProblem):
+        return _prepare_optimizer(problem, providers, setting)
     grad_output = _grad_output(problem)
-    set_switches("torch", setting.device)
-    by_torch = truth = None
+    by_torch, truth = {}, None
     if problem.check is None:
         truth = _truth(problem, grad_output, setting.dtype)
-        by_torch = _run_of(problem, "torch", setting, grad_output).results(problem.changed)
+        # PyTorch's own error is the yardstick, layout by layout: its sums over channels_last tensors are rougher
+        for layout in {layout_of(provider, setting.layout) for provider in providers}:
+            baseline = "torch" if layout == "contiguous" else "torch-nhwc"
+            set_switches(baseline, setting.device)
+            by_torch[layout] = _run_of(problem, baseline, setting, grad_output).results(problem.changed)
     calls, memory, refused = {}, {}, {}
 
     def gated(provider):
@@ -213,8 +225,9 @@ def _prepare(problem, providers, setting):
         run = _run_of(problem, provider, setting, grad_output)
         ours = run.results(problem.changed)
         if problem.check is None:
+            yardstick = by_torch[layout_of(provider, setting.layout)]
             for name, result in ours.items():
-                assert_close_to_truth(name, result, by_torch[name], truth[name], setting.dtype)
+                assert_close_to_truth(name, result, yardstick[name], truth[name], setting.dtype)
         else:
             grads = [ours[f"gradient of {name}"] for name in run.wanted]
             problem.check(ours["output"], run.tensors, run.grad_output, grads)
@@ -225,8 +238,8 @@ def _prepare(problem, providers, setting):
         if found is not None:
             run, memory[provider] = found
             if not calls:
-                calls[AGAIN] = _passes(run.part(run.wanted), provider, setting.device)
-            calls[provider] = _passes(run, provider, setting.device)
+                calls[AGAIN] = _passes(run.part(run.wanted), provider, setting)
+            calls[provider] = _passes(run, provider, setting)
     return calls, memory, refused
 
 
@@ -241,12 +254,12 @@ def _memory(run, device):
     return found
 
 
-def _passes(run, provider, device):
-    calls = [(None, functools.partial(set_switches, provider, device)), ("forward", run.forward)]
+def _passes(run, provider, setting):
+    calls = [(None, functools.partial(set_switches, provider, setting.device)), ("forward", run.forward)]
     calls.append(("backward", run.backward))
     parameters = [name for name in run.wanted if name != "input"]
     # torch.compile would compile each of them anew
-    if "input" in run.wanted and parameters and not provider.startswith("compile"):
+    if setting.split and "input" in run.wanted and parameters and not provider.startswith("compile"):
         for label, wanted in (("grad_input", ["input"]), ("grad_weight", parameters)):
             part = run.part(wanted)
             calls += [(None, part.forward), (label, part.backward)]
@@ -304,11 +317,10 @@ def run_case(case, problem, providers, setting, info):
     """
     # a compiled function of the last case would count towards torch.compile's limit of recompilations
     torch._dynamo.reset()
-    prepare = _prepare_optimizer if isinstance(problem, OptimizerProblem) else _prepare
     with restored_switches():
         try:
             calls, memory, refused = prepare(problem, providers, setting)
-            found = measure(calls, setting.device, setting.seconds) if calls else {}
+            found = measure(calls, setting.device, setting.seconds, setting.rounds) if calls else {}
         except torch.OutOfMemoryError:
             found, memory, refused = {}, {}, dict.fromkeys(providers, ("none", "out of memory"))
     for passes in found.values():

@@ -1,0 +1,16 @@
+"""max_pool2d: every pool of the networks."""
+
+from fastcnn.benchmarks import cases
+
+CASES = cases.traced("max_pool2d")
+OPTIONS = ("stride", "padding", "dilation", "ceil_mode")
+
+
+def build(case, setting):
+    layer = case.layer
+    options = {name: layer[name] for name in OPTIONS}
+
+    def function(api, input):
+        return api.functional.max_pool2d(input, layer["kernel"], **options)
+
+    return cases.pool_problem(layer, setting, function)
