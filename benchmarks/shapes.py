@@ -14,6 +14,8 @@ input_grad is false where the input is the image: nobody asks for its gradient.
 import json
 import pathlib
 
+import torch
+
 from fastcnn.benchmarks import networks
 from fastcnn.study.trace import trace
 
@@ -54,12 +56,13 @@ def layers(model, input_shape):
 
 def collect():
     """{network: list of layers} from the networks themselves."""
-    shapes = {name: layers(networks.build(name), networks.input_shape(name)) for name in networks.NETWORKS}
     networks.import_torchvision()
     from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 
-    # the one transposed convolution among common networks
-    mask_head = layers(MaskRCNNPredictor(256, 256, 91), (256, 14, 14))
+    with torch.device("meta"):  # weights would take seconds to draw
+        shapes = {name: layers(networks.build(name), networks.input_shape(name)) for name in networks.NETWORKS}
+        # the one transposed convolution among common networks
+        mask_head = layers(MaskRCNNPredictor(256, 256, 91), (256, 14, 14))
     return shapes | {"maskrcnn": [layer | {"input_grad": True} for layer in mask_head]}
 
 
