@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 OUT ?= runs/lenet5-digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint test-cpu test-interpret test-gpu aot install clean
+.PHONY: train test lint test-cpu test-interpret test-gpu aot aot-update bench results install clean
 
 train: install
 	$(BIN)/fastcnn train --model lenet5 --data digits --out $(OUT)
@@ -36,6 +36,18 @@ test-gpu: install
 
 aot: install
 	$(BIN)/python tests/aot.py
+
+# after a change of kernels or of Triton: what they compile to, to be committed with it
+aot-update: install
+	$(BIN)/python tests/aot.py --update
+
+# e.g. make bench ARGS="ops --op conv2d"; then make results
+bench: install
+	$(BIN)/fastcnn bench $(or $(ARGS),--quick)
+
+# tables and plots of benchmarks/results, and the blocks of both README files
+results: install
+	$(BIN)/python -m fastcnn.benchmarks.report
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

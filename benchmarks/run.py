@@ -12,6 +12,7 @@ from fastcnn.benchmarks.timing import ceilings
 QUICK_SECONDS = {"cuda": 450, "cpu": 240}  # of a whole --quick run
 # compiling takes longer than measuring there, and users of CPUs rarely do
 CPU_PROVIDERS = ("torch", "torch-nhwc", "fastcnn", "fastcnn-auto")
+LAYOUTS = ("channels_last", "contiguous")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -81,6 +82,11 @@ def bench(
 def default_setting(device, dtype=None, layout=None, batch=None):
     """What is measured unless someone asks for something else; arguments of None are such defaults."""
     cuda = device.type == "cuda"
+    for name, value, known in (("dtype", dtype, DTYPES), ("layout", layout, LAYOUTS)):
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
     return harness.Setting(
         device=device,
         dtype=DTYPES[dtype or ("bf16" if cuda else "fp32")],
@@ -93,10 +99,12 @@ def default_setting(device, dtype=None, layout=None, batch=None):
 def _device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device must be cpu: torch finds no GPU here")
-    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
 def _providers(wanted, device):

@@ -1,4 +1,4 @@
-"""The command line: fastcnn train | eval | predict | explain | env.
+"""The command line: fastcnn train | eval | predict | bench | explain | env.
 
 Options of `train` are the fields of `TrainConfig`. What a user can get wrong ends in one line and exit code 2.
 Everything heavy is imported by the sub-command that needs it.
@@ -69,6 +69,8 @@ def _parser(resume=None):
     sub.add_argument("--device", type=str, default="auto", help="auto, cpu or cuda")
     commands.add_subcommand("predict", sub, help="classify images with a trained model")
 
+    commands.add_subcommand("bench", _bench_parser(), help="measure against PyTorch")
+
     sub = _new("Which kernels run each op on this machine and why; with a run folder, which ones ran there.")
     sub.add_argument("run", nargs="?", help="run folder")
     commands.add_subcommand("explain", sub, help="show which kernels run")
@@ -95,6 +97,46 @@ def _train_parser(resume):
         from fastcnn.train.evaluate import load_config
 
         parser.set_defaults({**load_config(resume).saved(), "out": resume})
+    return parser
+
+
+def _bench_parser():
+    parser = _new(
+        "Measure fastcnn against PyTorch, both checked for right results first: ops (single layers of real networks), "
+        "models (training steps of whole networks), steps (the same taken apart: forward, backward, optimizer, kinds "
+        "of kernels), all (ops, then models). Rows are appended to the results folder as they come; tables and plots "
+        "are drawn from it at the end. roofline prints and draws what a network's bytes and FLOPs allow; report only "
+        "draws again."
+    )
+    whats = ("all", "ops", "models", "steps", "roofline", "report")
+    parser.add_argument("what", nargs="?", default="all", choices=whats, help="what to measure")
+    parser.add_argument(
+        "networks",
+        nargs="*",
+        default=[],
+        help="for models, steps, roofline: resnet50, timm:convnext_tiny, fastcnn:lenet5, ...",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few cases of every op, in under 8 minutes on a GPU, 5 on CPU"
+    )
+    parser.add_argument("--op", nargs="+", default=None, type=str, help="only these ops")
+    parser.add_argument("--case", default="", type=str, help="only cases whose name contains this")
+    parser.add_argument(
+        "--provider",
+        nargs="+",
+        default=None,
+        type=str,
+        help="only these of torch, torch-nhwc, compile, compile-max, fastcnn (own kernels alone), fastcnn-auto",
+    )
+    parser.add_argument("--device", default="auto", type=str, help="auto, cpu or cuda")
+    parser.add_argument("--dtype", default=None, type=str | None, help="bf16, fp16 or fp32")
+    parser.add_argument("--layout", default=None, type=str | None, help="channels_last or contiguous")
+    parser.add_argument("--batch", default=None, type=int | None, help="images")
+    parser.add_argument("--seconds", default=None, type=float | None, help="start no new case after so many seconds")
+    parser.add_argument("--results", default="benchmarks/results", type=str, help="folder of the result files")
+    parser.add_argument("--gpu", default="h100-sxm", type=str, help="of roofline: which GPU")
+    parser.add_argument("--measured", action="store_true", help="of roofline: the newest measured ceilings instead")
+    parser.add_argument("--out", default=None, type=str | None, help="of roofline: the picture")
     return parser
 
 
@@ -143,6 +185,34 @@ def _predict(options):
     return 0
 
 
+def _bench(options):
+    from fastcnn.benchmarks import report, run
+    from fastcnn.study import roofline
+
+    if options.what == "roofline":
+        for network in options.networks or ["resnet50"]:
+            roofline.command(network, options.batch or 256, options.gpu, options.results, options.measured, options.out)
+        return 0
+    if options.what != "report":
+        run.bench(
+            options.what,
+            options.networks,
+            quick=options.quick,
+            ops=options.op,
+            case=options.case,
+            providers=options.provider,
+            device=options.device,
+            dtype=options.dtype,
+            layout=options.layout,
+            batch=options.batch,
+            seconds=options.seconds,
+            results=options.results,
+        )
+    written = report.write(options.results)
+    print(f"\n{len(written)} tables and plots in {options.results}")
+    return 0
+
+
 def _explain(options):
     if options.run is None:
         from fastcnn import explain
@@ -163,4 +233,4 @@ def _env(options):
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "predict": _predict, "explain": _explain, "env": _env}
+COMMANDS = {"train": _train, "eval": _eval, "predict": _predict, "bench": _bench, "explain": _explain, "env": _env}
