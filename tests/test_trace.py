@@ -194,7 +194,6 @@ def test_batch_norm_may_read_its_counter():
 
 
 def test_our_lenet():
-    before = fastcnn.explain()
     with fastcnn.strict():  # is about running, not about tracing
         calls = trace(create_model("lenet5"), (2, 1, 32, 32))
     assert [call.name for call in calls] == (
@@ -202,6 +201,17 @@ def test_our_lenet():
     )
     assert parameters(calls) == 61_706
     assert [call.output_shapes[0] for call in calls if call.op == "max_pool2d"] == [(2, 6, 14, 14), (2, 16, 5, 5)]
+
+
+def test_our_functions():
+    def forward(module, x):
+        return fastcnn.functional.relu(fastcnn.functional.max_pool2d(x, 2), inplace=True)
+
+    before = fastcnn.explain()
+    with fastcnn.strict():
+        pool, relu = trace(Functions(forward), (2, 3, 8, 8))
+    assert (pool.op, relu.op, relu.inplace, relu.inputs) == ("max_pool2d", "relu", True, pool.outputs)
+    # nothing ran
     assert fastcnn.explain() == before
 
 
