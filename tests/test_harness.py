@@ -302,6 +302,16 @@ def test_command_makes_rows_tables_and_plots(tmp_path, capsys):
     assert list(tmp_path.glob("plots/*/max_pool2d.svg"))
 
 
+def test_command_reports_a_wrong_kernel(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        fastcnn.functional, "max_pool2d", lambda x, *a, **k: torch.nn.functional.max_pool2d(x, *a, **k) * 2
+    )
+    words = ["bench", "ops", "--op", "max_pool2d", "--case", "ragged", "--batch", "2", "--results", str(tmp_path)]
+    assert main([*words, "--provider", "torch", "fastcnn-auto"]) == 1
+    captured = capsys.readouterr()
+    assert "FAIL: fastcnn's max_pool2d is wrong in ragged.c17" in captured.err and "FAIL" in captured.out
+
+
 def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     command += ["-p", "no:xdist", "-k", "quick and linear and c17", "--benchmark-json", str(tmp_path / "out.json")]
