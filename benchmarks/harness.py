@@ -221,6 +221,8 @@ def prepare(problem, providers, setting):
     calls, memory, refused = {}, {}, {}
 
     def gated(provider):
+        if provider == "torch-nhwc" and all(t.dim() != 4 for t in problem.tensors.values()):
+            raise NotImplementedError("without 4-D tensors torch-nhwc is torch")
         set_switches(provider, setting.device)
         run = _run_of(problem, provider, setting, grad_output)
         ours = run.results(problem.changed)
@@ -332,10 +334,11 @@ def run_case(case, problem, providers, setting, info):
     again = found.pop(AGAIN, None)
     noise = _noise(next(iter(found.values())), again) if found else {}
     most = {"tflops": info["matmul_tflops"].get(dtype_name(setting.dtype)), "gbs": info["copy_gbs"]}
+    labels = max(found.values(), key=len, default=cost)
     rows = []
     for provider in providers:
         status, reason = refused.get(provider, ("ok", None))
-        for label, samples in found.get(provider, dict.fromkeys(cost)).items():
+        for label, samples in found.get(provider, dict.fromkeys(labels)).items():
             rows.append(
                 {
                     "op": case.op, "case": case.name, "shape": problem.shape, "provider": provider, "pass": label,

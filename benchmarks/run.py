@@ -1,5 +1,6 @@
 """`fastcnn bench`: which cases and providers run, in which order, until when; rows are kept as they come."""
 
+import dataclasses
 import sys
 import time
 
@@ -7,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from fastcnn.benchmarks import cases, harness, rows
-from fastcnn.benchmarks.timing import ceilings
+from fastcnn.benchmarks.timing import ceilings, dtype_name
 
 QUICK_SECONDS = {"cuda": 450, "cpu": 240}  # of a whole --quick run
 # compiling takes longer than measuring there, and users of CPUs rarely do
@@ -28,6 +29,7 @@ def bench(
     layout=None,
     batch=None,
     seconds=None,
+    resume=False,
     results="benchmarks/results",
 ):
     """Measure, print tables, append rows.
@@ -39,12 +41,14 @@ def bench(
         quick: few cases and short measuring, the whole within `QUICK_SECONDS`.
         ops: names of `cases.OPS`; default: all.
         case: only cases whose name contains this.
-        providers: names of `harness.PROVIDERS`; default: all, on CPU without torch.compile.
+        providers: names of `harness.PROVIDERS`; default: all, on CPU without torch.compile, in quick runs without its
+            max-autotune (minutes of compiling).
         device: "auto", "cpu" or "cuda".
         dtype: "bf16", "fp16" or "fp32"; default: bf16 on a GPU, fp32 on CPU.
         layout: "channels_last" (default on a GPU) or "contiguous" (default on CPU), of compile and fastcnn.
         batch: images; default: 256 on a GPU, 32 on CPU (for models 8).
         seconds: no new case starts after so many seconds.
+        resume: leave out the cases of ops that the results already have, from this commit on this device.
         results: folder of the result files.
 
     Returns:
@@ -52,7 +56,7 @@ def bench(
     """
     started = time.monotonic()
     device = _device(device)
-    providers = _providers(providers, device)
+    providers = _providers(providers, device, quick)
     if seconds is None and quick:
         seconds = QUICK_SECONDS[device.type]
     deadline = None if seconds is None else started + seconds
@@ -65,7 +69,7 @@ def bench(
             setting.rounds, setting.split = 3, False
         # the models' share of a quick run, if they come after
         last = deadline if what == "ops" or deadline is None else started + 0.6 * seconds
-        found += run_ops(_select(ops or cases.OPS, case, quick, device), providers, setting, results, last)
+        found += run_ops(_select(ops or cases.OPS, case, quick, device), providers, setting, results, last, resume)
     if what in ("all", "models", "steps"):
         from fastcnn.benchmarks import bench_models
         from fastcnn.benchmarks import networks as named
@@ -107,9 +111,9 @@ def _device(name):
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else device
 
 
-def _providers(wanted, device):
+def _providers(wanted, device, quick):
     known = harness.PROVIDERS if device.type == "cuda" else CPU_PROVIDERS
-    wanted = list(wanted or known)
+    wanted = list(wanted or [provider for provider in known if not (quick and provider == "compile-max")])
     for provider in wanted:
         if provider not in harness.PROVIDERS:
             raise ValueError(f"provider must be one of {', '.join(harness.PROVIDERS)}, got {provider!r}")
@@ -132,18 +136,21 @@ def _select(ops, pattern, quick, device):
     return found
 
 
-def run_ops(selected, providers, setting, results, deadline=None):
+def run_ops(selected, providers, setting, results, deadline=None, resume=False):
     """Run cases op by op in turns, so that a run cut short has seen every op.
 
     Args:
         selected: op -> list of `cases.Case`.
         deadline: a value of time.monotonic() after which no case starts, or None.
+        resume: leave out what the results have, from this commit on this device.
 
     Returns:
         list of rows; each case's are on disk as soon as they are measured.
     """
     info = rows.run_info(setting.device, ceilings(setting.device))
     print(_header(info, setting), flush=True)
+    if resume:
+        selected = _missing(selected, providers, setting, info, results)
     most = max(map(len, selected.values()))
     turns = [queue[turn] for turn in range(most) for queue in selected.values() if turn < len(queue)]
     found, left = {op: [] for op in selected}, []
@@ -171,7 +178,31 @@ def run_ops(selected, providers, setting, results, deadline=None):
     return [row for new in found.values() for row in new]
 
 
+def _missing(selected, providers, setting, info, results):
+    same = ("device", "commit", "layout", "batch")
+    wanted = {**info, "layout": setting.layout, "batch": setting.batch}
+    done = {
+        (row["op"], row["case"], row["provider"], row["dtype"])
+        for row in rows.read_rows(results)
+        if all(row[field] == wanted[field] for field in same)
+    }
+
+    def measured(case):
+        dtype = dtype_name(_setting_of(case, setting).dtype)
+        return all((case.op, case.name, provider, dtype) in done for provider in providers)
+
+    return {op: [case for case in queue if not measured(case)] for op, queue in selected.items()}
+
+
+def _setting_of(case, setting):
+    # under autocast the parameters stay in fp32, and so does their optimizer
+    if case.op == "optim" and setting.dtype.itemsize == 2:
+        return dataclasses.replace(setting, dtype=torch.float32)
+    return setting
+
+
 def _run_case(case, providers, setting, info):
+    setting = _setting_of(case, setting)
     try:
         problem = cases.bench(case.op).build(case, setting)
     except torch.OutOfMemoryError:

@@ -273,6 +273,24 @@ def test_a_run_cut_short_has_seen_every_op_and_says_what_is_missing(tmp_path, mo
     )
 
 
+def test_resume_runs_what_is_missing(tmp_path):
+    chosen = {"max_pool2d": [case_of("max_pool2d", "ragged.c17")], "linear": [case_of("linear", "ragged.c17")]}
+    assert len(run.run_ops({"linear": chosen["linear"]}, ["torch"], setting(split=False), tmp_path)) == 3
+    found = run.run_ops(chosen, ["torch"], setting(split=False), tmp_path, resume=True)
+    assert {row["op"] for row in found} == {"max_pool2d"}
+    assert run.run_ops(chosen, ["torch"], setting(split=False), tmp_path, resume=True) == []
+    # another provider or batch is another measurement
+    assert len(run.run_ops(chosen, ["torch", "torch-nhwc"], setting(split=False), tmp_path, resume=True)) == 12
+    assert len(run.run_ops(chosen, ["torch"], setting(split=False, batch=3), tmp_path, resume=True)) == 6
+
+
+def test_optimizers_keep_fp32_parameters(tmp_path):
+    chosen = {"optim": [case_of("optim", "lenet5.sgd")]}
+    assert {row["dtype"] for row in run.run_ops(chosen, ["torch"], setting(dtype=torch.bfloat16), tmp_path)} == {
+        "float32"
+    }
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -318,9 +336,9 @@ def test_pytest_benchmark_runs_the_same_cases(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["benchmarks"]
-    assert len(found) == 6 and {b["group"] for b in found} == {f"linear ragged.c17 {p}ward" for p in ("for", "back")}
-    # there is no own kernel on CPU
-    assert "6 passed, 2 skipped" in done.stdout
+    assert len(found) == 4 and {b["group"] for b in found} == {f"linear ragged.c17 {p}ward" for p in ("for", "back")}
+    # no own kernel on CPU, no channels_last of 2-D tensors
+    assert "4 passed, 4 skipped" in done.stdout
 
 
 @pytest.mark.gpu
