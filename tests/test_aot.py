@@ -4,6 +4,7 @@ import ast
 import os
 from pathlib import Path
 
+import aot_report
 import pytest
 import torch
 
@@ -40,12 +41,30 @@ def usage_of(target, m, n, k, grid=(1,), **options):
     return found[0]
 
 
+def row_of(usage):
+    (mix,) = aot.instruction_mixes([usage.code], usage.target)
+    return usage.row(mix)
+
+
 def test_a_good_kernel_passes_and_its_instructions_are_seen():
     usage = usage_of(80, 64, 64, 32, num_warps=4, num_stages=3)
     assert usage.problems == []
     assert usage.spill == 0 and 32 < usage.registers < 255 and usage.shared > 0
-    assert "mma" in usage.tensor_cores and "cp.async" in usage.copies
-    assert "wgmma" in usage_of(90, 64, 64, 32, num_warps=4, num_stages=3).tensor_cores
+    row = row_of(usage)
+    assert "HMMA.16816" in row.tensor and "LDGSTS" in row.copies and "x" in row.stores
+    assert (row.target, row.warps) == (80, 4) and 4 <= row.resident < 64
+    assert "HGMMA.64x64x16" in row_of(usage_of(90, 64, 64, 32, num_warps=4, num_stages=3)).tensor
+    assert "UTCHMMA" in row_of(usage_of(100, 128, 64, 32, num_warps=4, num_stages=3)).tensor
+
+
+def test_the_gate_sees_a_kernel_that_lost_its_pipeline():
+    usages = [usage_of(80, 64, 64, 32, num_warps=4, num_stages=stages) for stages in (3, 1)]
+    # one disassembler for both tells them apart
+    good, worse = (
+        u.row(mix) for u, mix in zip(usages, aot.instruction_mixes([u.code for u in usages], 80), strict=True)
+    )
+    assert good == row_of(usages[0])
+    assert any("asynchronous copies lost" in sentence for sentence in aot_report.losses(good, worse))
 
 
 def test_a_spill_is_an_error():
