@@ -149,6 +149,9 @@ def run_ops(selected, providers, setting, results, deadline=None, resume=False):
     """
     info = rows.run_info(setting.device, ceilings(setting.device))
     print(_header(info, setting), flush=True)
+    if info["busy"] is not None and info["busy"] > 0.1:
+        # small parallel loops wait for each other's cores: factors of ten in either direction, and the noise is blind
+        print(f"WARNING: others use {info['busy']:.0%} of this machine; ratios measured now are worth nothing")
     if resume:
         selected = _missing(selected, providers, setting, info, results)
     most = max(map(len, selected.values()))

@@ -249,16 +249,21 @@ def test_costs_by_hand():
 
 
 def test_rows_survive_a_cut(tmp_path):
-    row = dict.fromkeys(rows.KEY, "x") | {"device": "NVIDIA H100 80GB HBM3", "ms": 1.0}
+    row = dict.fromkeys(rows.KEY, "x") | {"device": "NVIDIA H100 80GB HBM3", "run": "1", "torch": "2.13", "ms": 1.0}
     rows.append([row, row | {"ms": 2.0}], tmp_path)
     file = tmp_path / "nvidia-h100-80gb-hbm3.jsonl"
     with open(file, "a") as opened:
         opened.write('{"device": "NVIDIA H1')
     read = rows.read_rows(tmp_path)
-    assert [r["ms"] for r in read] == [1.0, 2.0] and [r["ms"] for r in rows.newest(read)] == [2.0]
+    assert len(file.read_text().splitlines()) == 4  # what both share, two rows, half a row
+    assert {r["torch"] for r in read} == {"2.13"} and [r["ms"] for r in read] == [1.0, 2.0]
+    assert [r["ms"] for r in rows.newest(read)] == [2.0]
+    # the next run goes on behind the last whole line
+    rows.append([row | {"run": "2", "ms": 3.0}], tmp_path)
+    assert [r["ms"] for r in rows.read_rows(tmp_path)] == [1.0, 2.0, 3.0]
     with open(file, "a") as opened:
-        opened.write("\n" + json.dumps(row) + "\n")
-    with pytest.raises(ValueError, match="line 3 is no result row"):
+        opened.write("nonsense\n")
+    with pytest.raises(ValueError, match="line 6 is no result row"):
         rows.read_rows(tmp_path)
 
 
