@@ -45,7 +45,7 @@ def run(names, providers, device, quick, results_folder, deadline=None, parts=Fa
         list of rows, of all that was measured.
 
     Raises:
-        ValueError: a network is unknown, or no image classifier; nothing was measured.
+        ValueError: a network is unknown, and nothing was measured; or it is no image classifier.
     """
     models = {name: networks.build(name) for name in names}
     if quick and "compile-max" in providers:

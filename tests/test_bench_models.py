@@ -95,7 +95,7 @@ def test_conv_is_the_largest_family_of_a_network_of_convs(small):
     step()
     found = families(step, CPU, 50.0)
     assert sum(found.values()) == pytest.approx(50.0)
-    assert list(found)[-1] == REST
+    assert list(found)[-1] == REST and found[REST] > 0
     del found[REST]
     assert list(found)[0].startswith("conv") and {"conv forward", "conv backward"} <= set(found)
     assert {"norm", "activation", "pool", "linear", "loss", "optimizer"} <= set(found)
