@@ -1,6 +1,5 @@
 """The benchmark of training steps: rows, gate, families, on small networks."""
 
-import json
 import time
 from types import SimpleNamespace
 
@@ -64,9 +63,10 @@ def small(monkeypatch):
 
 def test_rows(small, tmp_path, capsys):
     found = bench_models.run(["small"], PROVIDERS, CPU, True, tmp_path, parts=True)
-    (path,) = tmp_path.glob("*.jsonl")
-    saved = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [row | {"date": ""} for row in saved] == [row | {"date": ""} for row in found]
+    saved = rows.read_rows(tmp_path)
+    assert len(saved) == len(found)
+    for old, row in zip(saved, found, strict=True):
+        assert {name: old[name] for name in row if name != "date"} == {n: v for n, v in row.items() if n != "date"}
     assert [(row["provider"], row["pass"]) for row in found] == [
         (p, label) for p in PROVIDERS for label in bench_models.PASSES
     ]
@@ -93,11 +93,14 @@ def test_conv_is_the_largest_family_of_a_network_of_convs(small):
     images = torch.randn(8, 3, 32, 32)
     step = training_step.Step(small_network(), images, torch.zeros(8, dtype=torch.long), "torch", "contiguous", False)
     step()
-    found = families(step, CPU, 50.0)
-    assert sum(found.values()) == pytest.approx(50.0)
-    assert list(found)[-1] == REST and found[REST] > 0
-    del found[REST]
-    assert list(found)[0].startswith("conv") and {"conv forward", "conv backward"} <= set(found)
+    profiles = [families(step, CPU, 50.0) for _ in range(3)]
+    for found in profiles:
+        assert sum(found.values()) == pytest.approx(50.0)
+        assert list(found)[-1] == REST and found[REST] > 0
+    # the least of three: whatever else runs on this machine may stretch any op once
+    found = {kind: min(profile[kind] for profile in profiles) for kind in profiles[0] if kind != REST}
+    convs = found.pop("conv forward") + found.pop("conv backward")
+    assert convs > max(found.values())
     assert {"norm", "activation", "pool", "linear", "loss", "optimizer"} <= set(found)
     assert found.get("other", 0) < 5
 
