@@ -45,7 +45,7 @@ def bench(
             max-autotune (minutes of compiling).
         device: "auto", "cpu" or "cuda".
         dtype: "bf16", "fp16" or "fp32"; default: bf16 on a GPU, fp32 on CPU.
-        layout: "channels_last" (default on a GPU) or "contiguous" (default on CPU), of compile and fastcnn.
+        layout: "channels_last" (default) or "contiguous", of compile and fastcnn.
         batch: images; default: 256 on a GPU, 32 on CPU (for models 8).
         seconds: no new case starts after so many seconds.
         resume: leave out the cases of ops that the results already have, from this commit on this device.
@@ -66,7 +66,7 @@ def bench(
         if quick:
             setting.seconds = 0.1
         if quick and device.type == "cpu":
-            setting.rounds, setting.split = 3, False
+            setting.split = False
         # the models' share of a quick run, if they come after
         last = deadline if what == "ops" or deadline is None else started + 0.6 * seconds
         found += run_ops(_select(ops or cases.OPS, case, quick, device), providers, setting, results, last, resume)
@@ -94,7 +94,7 @@ def default_setting(device, dtype=None, layout=None, batch=None):
     return harness.Setting(
         device=device,
         dtype=DTYPES[dtype or ("bf16" if cuda else "fp32")],
-        layout=layout or ("channels_last" if cuda else "contiguous"),
+        layout=layout or "channels_last",
         batch=batch or (256 if cuda else 32),
         seconds=0.5,
     )
