@@ -72,7 +72,7 @@ def run_network(name, model, providers, device, quick, info, batch=None, progres
     """Gate and time one network; the rows of all providers, as `run` describes."""
     progress = progress or tqdm(disable=True)
     cuda = device.type == "cuda"
-    layout = "channels_last" if cuda else "contiguous"
+    layout = "channels_last"
     images, labels = _data(name, model, device, batch, quick)
     about = {
         "op": "model",

@@ -46,7 +46,7 @@ def bench(
         device: "auto", "cpu" or "cuda".
         dtype: "bf16", "fp16" or "fp32"; default: bf16 on a GPU, fp32 on CPU.
         layout: "channels_last" (default) or "contiguous", of compile and fastcnn.
-        batch: images; default: 256 on a GPU, 32 on CPU (for models 8).
+        batch: images; default: 256 on a GPU, 32 on CPU (models: 8, or 64 small ones).
         seconds: no new case starts after so many seconds.
         resume: leave out the cases of ops that the results already have, from this commit on this device.
         results: folder of the result files.
@@ -78,7 +78,14 @@ def bench(
         if what == "all" and quick and device.type == "cpu":
             default = ("lenet5", "mobilenet_v2")
         found += bench_models.run(
-            list(networks) or list(default), providers, device, quick, results, deadline, parts=what == "steps"
+            list(networks) or list(default),
+            providers,
+            device,
+            quick,
+            results,
+            deadline,
+            parts=what == "steps",
+            batch=batch,
         )
     return found
 
