@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from fastcnn.benchmarks import cases, harness, rows
-from fastcnn.benchmarks.timing import ceilings, dtype_name
+from fastcnn.benchmarks.timing import ceilings, dtype_name, keep_memory
 
 QUICK_SECONDS = {"cuda": 450, "cpu": 240}  # of a whole --quick run
 # compiling takes longer than measuring there, and users of CPUs rarely do
@@ -56,6 +56,8 @@ def bench(
     """
     started = time.monotonic()
     device = _device(device)
+    if device.type == "cpu":
+        keep_memory()
     providers = _providers(providers, device, quick)
     if seconds is None and quick:
         seconds = QUICK_SECONDS[device.type]

@@ -9,9 +9,12 @@ import torch
 
 from fastcnn.benchmarks import cases, harness
 from fastcnn.benchmarks.run import CPU_PROVIDERS, default_setting
+from fastcnn.benchmarks.timing import keep_memory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SETTING = default_setting(DEVICE)
+if DEVICE.type == "cpu":
+    keep_memory()
 
 
 def _parameters():

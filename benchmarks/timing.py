@@ -1,5 +1,7 @@
 """Timing callables side by side, on a GPU by its own clock; memory; and what the device reaches at most."""
 
+import contextlib
+import ctypes
 import dataclasses
 import gc
 import os
@@ -138,6 +140,19 @@ class _GpuTimer:
             return start.elapsed_time(end), host_ms
 
         return result
+
+
+def keep_memory():
+    """Let the C library keep freed memory for the rest of this process, as tcmalloc and jemalloc do.
+
+    glibc returns large blocks to the system at once and gets them back page by page: that took longer than reading and
+    writing them, for some providers of a case and not for others. Only glibc has these switches (man 3 mallopt).
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def ceilings(device):
