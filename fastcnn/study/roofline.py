@@ -130,20 +130,20 @@ class Roofline:
         ]
         for group in (_resolution, lambda kernel: kernel.family):
             lines += [*self._rows(group), ""]
-        lines += [f"{'':24}" + "".join(f"{s:>9}" for s in ledger.SCHEMES)]
+        lines += [f"{'':24}" + "".join(f"{s:>12}" for s in ledger.SCHEMES)]
         totals = {
-            "MB forward": lambda s: f"{self.megabytes(s, 'forward'):.1f}",
-            "MB backward": lambda s: f"{self.megabytes(s, 'backward'):.1f}",
-            "MB weights, optimizer": lambda s: f"{self.megabytes(s, 'optimizer'):.1f}",
+            "MB forward": lambda s: _number(self.megabytes(s, "forward")),
+            "MB backward": lambda s: _number(self.megabytes(s, "backward")),
+            "MB weights, optimizer": lambda s: _number(self.megabytes(s, "optimizer")),
             "kernels": lambda s: f"{len(self.kernels[s]):,}",
-            "ms per step, ideal": lambda s: f"{self.step_ms(s):.2f}",
+            "ms per step, ideal": lambda s: _number(self.step_ms(s)),
             "img/s, ideal": lambda s: f"{self.images_per_second(s):,.0f}",
             "img/s, real": lambda s: f"{self.images_per_second(s, real=True):,.0f}",
         }
-        lines += [f"{name:24}" + "".join(f"{text(s):>9}" for s in ledger.SCHEMES) for name, text in totals.items()]
+        lines += [f"{name:24}" + "".join(f"{text(s):>12}" for s in ledger.SCHEMES) for name, text in totals.items()]
         arithmetic = sum(self._arithmetic(k) for k in self.kernels["eager"])
         lines += [
-            f"GFLOP per image: forward {self.gflops('forward'):.3f}, all {self.gflops():.2f}; arithmetic alone would "
+            f"GFLOP per image: forward {self.gflops('forward'):.3g}, all {self.gflops():.4g}; arithmetic alone would "
             f"allow {1 / arithmetic:,.0f} img/s",
             f"real: {REAL['arithmetic']:.0%} of the arithmetic, {REAL['bandwidth']:.0%} of the bandwidth, "
             f"{REAL['gap'] * 1e6:g} us between kernels",
@@ -166,10 +166,9 @@ class Roofline:
                 cell[1] += k.bytes
                 cell[2] += self.seconds(k)
         for name, cells in sorted(sums.items(), key=lambda item: item[0] in ("vectors", "optimizer")):
-            flops = f"{cells['eager'][0] / 1e9:8.2f}" if cells["eager"][0] else " " * 8
-            numbers = [
-                "".join(f"{cells[s][i] * scale:9.2f}" for s in ledger.SCHEMES) for i, scale in ((1, 1e-6), (2, 1e6))
-            ]
+            flops = f"{_number(cells['eager'][0] / 1e9) if cells['eager'][0] else '':>8}"
+            columns = [[_number(cells[s][i] * scale) for s in ledger.SCHEMES] for i, scale in ((1, 1e-6), (2, 1e6))]
+            numbers = ["".join(f"{text:>9}" for text in column) for column in columns]
             yield f"{name:16}{flops}   {numbers[0][1:]}   {numbers[1][1:]}"
 
     def plot(self, path, points=()):
@@ -265,6 +264,11 @@ _COLOURS = {
     "add, cat, mul": "#8C564B",
 }
 _PROVIDERS = {"fastcnn": ("#D55E00", "o"), "torch": ("#777777", "x"), "torch-nhwc": ("#222222", "+")}
+
+
+def _number(value):
+    """Two decimals, or three digits where that says too little; an empty cell for nothing."""
+    return "" if value == 0 else f"{value:,.2f}" if value >= 1 else f"{value:.3g}"
 
 
 def _resolution(kernel):
