@@ -136,7 +136,7 @@ def _extreme(rows, provider, choose):
 
 def front_table(rows, folder):
     """A line per op: our own kernel, the public op, torch.compile."""
-    header = ["op", "own kernel", "slowest", "fastest", "cases slower", "public op", "cases slower", "torch.compile"]
+    header = ["op", "own kernel", "slowest", "fastest", "slower in some pass", "public op", "slower in some pass", "torch.compile"]
     body = []
     for op, own in by(rows, "op").items():
         means = {}
@@ -162,7 +162,7 @@ def summary(rows, folder):
                 means = _means(own, provider, passes)
                 ends = [_extreme(own, provider, min), _extreme(own, provider, max)]
                 body.append([link(op, folder), provider, *means, _slower(own, provider), *ends])
-    return _table(["op", "provider", *passes, "cases slower", "slowest", "fastest"], body, 2)
+    return _table(["op", "provider", *passes, "slower in some pass", "slowest", "fastest"], body, 2)
 
 
 def losses(rows):
