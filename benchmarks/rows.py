@@ -148,8 +148,9 @@ def _commit():
     commit = _output("git", "rev-parse", "--short", "HEAD")
     if commit is None:
         return None
-    # new result rows are no change of what is measured
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    # pages and rows are no change of what is measured
+    measured = ("fastcnn", "kernels", "benchmarks", ":(exclude)*.md", ":(exclude)benchmarks/results")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", *measured)
     return commit + ("+" if changed else "")
 
 
