@@ -20,7 +20,8 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels; benchmarks/ too
+    # kernels/ must not install as a top-level name (another project owns it): it becomes fastcnn.kernels, and
+    # benchmarks/ fastcnn.benchmarks
     packages=find_packages(include=["fastcnn", "fastcnn.*"], exclude=["fastcnn.kernels", "fastcnn.benchmarks"])
     + ["fastcnn.kernels", *kernels, "fastcnn.benchmarks"],
     package_dir={"fastcnn.kernels": "kernels", "fastcnn.benchmarks": "benchmarks"},

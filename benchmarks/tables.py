@@ -136,7 +136,16 @@ def _extreme(rows, provider, choose):
 
 def front_table(rows, folder):
     """A line per op: our own kernel, the public op, torch.compile."""
-    header = ["op", "own kernel", "slowest", "fastest", "slower in some pass", "public op", "slower in some pass", "torch.compile"]
+    header = [
+        "op",
+        "own kernel",
+        "slowest",
+        "fastest",
+        "slower in some pass",
+        "public op",
+        "slower in some pass",
+        "torch.compile",
+    ]
     body = []
     for op, own in by(rows, "op").items():
         means = {}

@@ -106,6 +106,17 @@ def torchs(call):
     return lambda *inputs: call(torch.nn.functional, *inputs)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_meta_tensors_give_shapes(name):
+    """Tensors without data, as models built under torch.device("meta") and tracers use them."""
+    call, make = CASES[name]
+    inputs = [t.to("meta").requires_grad_() for t in make()]
+    output, expected = ours(call)(*inputs), torchs(call)(*inputs)
+    assert output.is_meta and output.shape == expected.shape and output.stride() == expected.stride()
+    grads = torch.autograd.grad(output, inputs, torch.empty_like(output))
+    assert [g.shape for g in grads] == [t.shape for t in inputs]
+
+
 class Recorder(TorchDispatchMode):
     """Keeps every call of an op of ours."""
 

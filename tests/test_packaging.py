@@ -67,13 +67,19 @@ def test_the_wheel_holds_the_package_and_nothing_else(built):
     code = {name for name in kernel_files() if name.endswith((".py", ".cu", ".cuh"))}
     assert {f"fastcnn/{name}" for name in code} <= names
     assert {"fastcnn/kernels/cuda/dummy.cu", "fastcnn/kernels/cuda/dummy.cuh"} <= names
-    assert not [name for name in names if "test_" in name or name.endswith(".pyc")]
+    # `fastcnn bench` works where no checkout is; results stay in the checkout
+    assert {"fastcnn/benchmarks/harness.py", "fastcnn/benchmarks/shapes.json"} <= names
+    assert not [name for name in names if name.startswith("fastcnn/benchmarks/results")]
+    # the benchmarks' own pytest file travels with them
+    assert {name for name in names if "test_" in name} == {"fastcnn/benchmarks/test_benchmarks.py"}
+    assert not [name for name in names if name.endswith(".pyc")]
 
 
 def test_the_sdist_holds_kernels_and_tests(built):
     (sdist,) = built.glob("*.tar.gz")
     names = {name.split("/", 1)[-1] for name in tarfile.open(sdist).getnames()}
     wanted = {"setup.py", "pyproject.toml", "LICENSE", "README.md", "tests/conftest.py", "tests/aot.py"}
+    wanted |= {"benchmarks/harness.py", "benchmarks/shapes.json", "benchmarks/results/aot.tsv"}
     assert wanted | kernel_files() | {"kernels/cuda/dummy.cu"} <= names
 
 
@@ -87,8 +93,12 @@ for name in {modules}:
     module = importlib.import_module(name)
     assert module.__file__.startswith({str(installed)!r}), module.__file__
 """
+    code += """
+from fastcnn.benchmarks import cases
+assert all(cases.bench(op).CASES for op in cases.OPS)
+"""
     python(code, tmp_path, installed)
-    assert not (installed / "kernels").exists()
+    assert not (installed / "kernels").exists() and not (installed / "benchmarks").exists()
 
 
 def test_the_command_is_installed(installed, tmp_path):

@@ -128,12 +128,16 @@ def differentiable_grads(reference, inputs, grad_output, needs):
         return tuple(next(grads) if need else None for need in needs)
 
 
+def autocast_enabled(tensor):
+    """Whether autocast is on for this tensor's device; the meta device has none."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast_dtype(tensor):
     """The dtype autocast wants for conv-like ops on this tensor, or None outside autocast."""
-    kind = tensor.device.type
     # fp64 is left alone, as torch does
-    if torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocast_enabled(tensor) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
     return None
 
 

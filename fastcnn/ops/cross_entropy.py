@@ -294,7 +294,7 @@ def _check(input, target, weight, ignore_index, label_smoothing):
         if target.dtype not in (torch.int64, torch.uint8):
             raise TypeError(f"target must hold class indices in torch.int64 or torch.uint8, got {target.dtype}")
     # autocast computes losses in float32
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = common.autocast_enabled(input)
 
     def computed(dtype):
         return torch.float32 if autocast and dtype in (torch.float16, torch.bfloat16) else dtype
