@@ -28,7 +28,7 @@ GATED = ("fastcnn", "fastcnn-auto")  # PyTorch is the yardstick
 TORCHES = ("torch", "torch-nhwc")  # the faster of them is what ratios refer to
 
 
-def run(names, providers, device, quick, results_folder, deadline=None, parts=False, batch=None):
+def run(names, providers, device, quick, results_folder, deadline=None, parts=False, batch=None, commit=None):
     """Measure training steps of networks; print a table for each, append its rows.
 
     Args:
@@ -40,6 +40,7 @@ def run(names, providers, device, quick, results_folder, deadline=None, parts=Fa
         deadline: value of time.monotonic() after which no new network starts, or None.
         parts: print the passes and the kernel families, too.
         batch: images per step; default: 256 on a GPU; on CPU 8, or 64 small ones, a quarter of them if quick.
+        commit: what the rows call the measured state, see `rows.run_info`.
 
     Returns:
         list of rows, of all that was measured.
@@ -51,7 +52,7 @@ def run(names, providers, device, quick, results_folder, deadline=None, parts=Fa
     if quick and "compile-max" in providers:
         providers = [provider for provider in providers if provider != "compile-max"]
         print("compile-max is left out of quick runs of networks: compiling takes minutes")
-    info = rows.run_info(device, ceilings(device))
+    info = rows.run_info(device, ceilings(device), commit)
     found, left = [], []
     with tqdm(total=len(names) * (len(providers) + 1), unit="provider", disable=None) as progress:
         for name in names:

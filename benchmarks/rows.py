@@ -15,17 +15,20 @@ from pathlib import Path
 
 import torch
 
+import fastcnn
+
 # what tells one measurement from another; the newest of each is what counts
 KEY = ("device", "op", "case", "provider", "pass", "graph", "dtype", "layout", "batch")
 RUN = ("device", "device_type", "threads", "busy", "driver", "torch", "triton", "cudnn", "commit", "copy_gbs")
 
 
-def run_info(device, ceilings):
+def run_info(device, ceilings, commit=None):
     """The fields that all rows of a run share.
 
     Args:
         device: torch.device.
         ceilings: of `timing.ceilings`, measured in this run.
+        commit: what to call the measured state; default: git's commit, or the version where there is no checkout.
     """
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     cuda = device.type == "cuda"
@@ -39,7 +42,7 @@ def run_info(device, ceilings):
         "torch": torch.__version__,
         "triton": _triton_version(),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
-        "commit": _commit(),
+        "commit": commit or _commit() or f"v{fastcnn.__version__}",
         "date": now,
         "run": now,
     }

@@ -10,7 +10,8 @@ from tqdm import tqdm
 from fastcnn.benchmarks import cases, harness, rows
 from fastcnn.benchmarks.timing import ceilings, dtype_name, keep_memory
 
-QUICK_SECONDS = {"cuda": 450, "cpu": 240}  # of a whole --quick run
+# when a --quick run starts nothing more: the last network may take two minutes on a GPU (it compiles), one on CPU
+QUICK_SECONDS = {"cuda": 360, "cpu": 240}
 # compiling takes longer than measuring there, and users of CPUs rarely do
 CPU_PROVIDERS = ("torch", "torch-nhwc", "fastcnn", "fastcnn-auto")
 LAYOUTS = ("channels_last", "contiguous")
@@ -30,6 +31,7 @@ def bench(
     batch=None,
     seconds=None,
     resume=False,
+    commit=None,
     results="benchmarks/results",
 ):
     """Measure, print tables, append rows.
@@ -38,7 +40,7 @@ def bench(
         what: "ops", "models" (training steps of whole networks), "steps" (the same taken apart) or "all" (ops, then
             models).
         networks: names for models and steps, see `networks.build`; default: the six of `networks.NETWORKS`.
-        quick: few cases and short measuring, the whole within `QUICK_SECONDS`.
+        quick: few cases and short measuring; `seconds` defaults to `QUICK_SECONDS`.
         ops: names of `cases.OPS`; default: all.
         case: only cases whose name contains this.
         providers: names of `harness.PROVIDERS`; default: all, on CPU without torch.compile, in quick runs without its
@@ -49,6 +51,7 @@ def bench(
         batch: images; default: 256 on a GPU, 32 on CPU (models: 8, or 64 small ones).
         seconds: no new case starts after so many seconds.
         resume: leave out the cases of ops that the results already have, from this commit on this device.
+        commit: what the rows call the measured state; default: git's commit, else the version.
         results: folder of the result files.
 
     Returns:
@@ -71,7 +74,9 @@ def bench(
             setting.split = False
         # the models' share of a quick run, if they come after
         last = deadline if what == "ops" or deadline is None else started + 0.6 * seconds
-        found += run_ops(_select(ops or cases.OPS, case, quick, device), providers, setting, results, last, resume)
+        found += run_ops(
+            _select(ops or cases.OPS, case, quick, device), providers, setting, results, last, resume, commit
+        )
     if what in ("all", "models", "steps"):
         from fastcnn.benchmarks import bench_models
         from fastcnn.benchmarks import networks as named
@@ -88,6 +93,7 @@ def bench(
             deadline,
             parts=what == "steps",
             batch=batch,
+            commit=commit,
         )
     return found
 
@@ -145,18 +151,19 @@ def _select(ops, pattern, quick, device):
     return found
 
 
-def run_ops(selected, providers, setting, results, deadline=None, resume=False):
+def run_ops(selected, providers, setting, results, deadline=None, resume=False, commit=None):
     """Run cases op by op in turns, so that a run cut short has seen every op.
 
     Args:
         selected: op -> list of `cases.Case`.
         deadline: a value of time.monotonic() after which no case starts, or None.
         resume: leave out what the results have, from this commit on this device.
+        commit: what the rows call the measured state.
 
     Returns:
         list of rows; each case's are on disk as soon as they are measured.
     """
-    info = rows.run_info(setting.device, ceilings(setting.device))
+    info = rows.run_info(setting.device, ceilings(setting.device), commit)
     print(_header(info, setting), flush=True)
     if info["busy"] is not None and info["busy"] > 0.1:
         # small parallel loops wait for each other's cores: factors of ten in either direction, and the noise is blind

@@ -134,6 +134,7 @@ def _bench_parser():
     parser.add_argument("--batch", default=None, type=int | None, help="images")
     parser.add_argument("--seconds", default=None, type=float | None, help="start no new case after so many seconds")
     parser.add_argument("--resume", action="store_true", help="leave out ops' cases that this commit has results of")
+    parser.add_argument("--commit", default=None, type=str | None, help="name of the measured state, if git has none")
     parser.add_argument("--results", default="benchmarks/results", type=str, help="folder of the result files")
     parser.add_argument("--gpu", default="h100-sxm", type=str, help="of roofline: which GPU")
     parser.add_argument("--measured", action="store_true", help="of roofline: the newest measured ceilings instead")
@@ -209,6 +210,7 @@ def _bench(options):
             batch=options.batch,
             seconds=options.seconds,
             resume=options.resume,
+            commit=options.commit,
             results=options.results,
         )
     written = report.write(options.results)

@@ -291,6 +291,8 @@ def test_resume_runs_what_is_missing(tmp_path):
 
 def test_optimizers_keep_fp32_parameters(tmp_path):
     chosen = {"optim": [case_of("optim", "lenet5.sgd")]}
+    named = run.run_ops(chosen, ["torch"], setting(), tmp_path / "named", commit="abc123")
+    assert {row["commit"] for row in named} == {"abc123"}
     assert {row["dtype"] for row in run.run_ops(chosen, ["torch"], setting(dtype=torch.bfloat16), tmp_path)} == {
         "float32"
     }
