@@ -19,13 +19,13 @@ from tqdm import tqdm
 from fastcnn.benchmarks import networks, rows
 from fastcnn.benchmarks.families import families
 from fastcnn.benchmarks.harness import AGAIN, TORCH, restored_switches, set_switches, times
+from fastcnn.benchmarks.judge import REFERENCES
 from fastcnn.benchmarks.timing import ceilings, dtype_name, measure, peak_bytes, saved_bytes
 from fastcnn.benchmarks.training_step import WARM_UP, Expected, Graph, Step, loss_of, with_layers
 
 PASSES = ("forward", "backward", "optimizer", "step")  # forward: with the loss, and clearing the gradients
 GRAPHED = ("torch-nhwc", "fastcnn", "fastcnn-auto")  # providers that are also captured in a CUDA graph
 GATED = ("fastcnn", "fastcnn-auto")  # PyTorch is the yardstick
-TORCHES = ("torch", "torch-nhwc")  # the faster of them is what ratios refer to
 
 
 def run(names, providers, device, quick, results_folder, deadline=None, parts=False, batch=None, commit=None):
@@ -169,7 +169,7 @@ def table(found, parts=False):
     name, shape, noise = found[0]["case"], found[0]["shape"], next((r["noise"] for r in steps if r["noise"]), 0.0)
     best = {
         graph: min(
-            (r["ms"] for r in steps if r["ms"] and r["graph"] == graph and r["provider"] in TORCHES), default=None
+            (r["ms"] for r in steps if r["ms"] and r["graph"] == graph and r["provider"] in REFERENCES), default=None
         )
         for graph in (False, True)
     }
@@ -188,7 +188,10 @@ def table(found, parts=False):
             own = [r for r in found if (r["provider"], r["graph"], r["pass"]) == (row["provider"], row["graph"], label)]
             cells.append(f"{own[0]['ms']:,.2f}" if own else "")
         lines.append([title, *cells])
-    text = [f"\n{name}: {shape}; ratio to the faster of {' and '.join(TORCHES)}, noise {noise:.1%}", *_aligned(lines)]
+    text = [
+        f"\n{name}: {shape}; ratio to the faster of {' and '.join(REFERENCES)}, noise {noise:.1%}",
+        *_aligned(lines),
+    ]
     tables = {row["provider"]: row["families"] for row in steps if parts and row.get("families")}
     if tables:
         # the first provider's largest first; what it does not have comes last

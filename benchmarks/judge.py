@@ -8,9 +8,9 @@ import math
 import re
 import statistics
 
+from fastcnn.benchmarks.harness import PROVIDERS
 from fastcnn.benchmarks.rows import KEY, newest
 
-PROVIDERS = ("torch", "torch-nhwc", "compile", "compile-max", "fastcnn", "fastcnn-auto")
 REFERENCES = ("torch", "torch-nhwc")
 OURS = ("fastcnn", "fastcnn-auto")
 PASSES = ("forward", "grad_input", "grad_weight", "backward", "optimizer", "step")

@@ -59,6 +59,8 @@ def bench(
     """
     started = time.monotonic()
     device = _device(device)
+    setting = default_setting(device, dtype, layout, batch)
+    _refuse_what_has_no_effect(what, networks, op=ops, case=case, dtype=dtype, layout=layout, resume=resume)
     if device.type == "cpu":
         keep_memory()
     providers = _providers(providers, device, quick)
@@ -67,7 +69,6 @@ def bench(
     deadline = None if seconds is None else started + seconds
     found = []
     if what in ("all", "ops"):
-        setting = default_setting(device, dtype, layout, batch)
         if quick:
             setting.seconds = 0.1
         if quick and device.type == "cpu":
@@ -96,6 +97,14 @@ def bench(
             commit=commit,
         )
     return found
+
+
+def _refuse_what_has_no_effect(what, networks, **of_ops):
+    if what == "ops" and networks:
+        raise ValueError(f"networks are for models and steps, got {' '.join(networks)}: ops take --case {networks[0]}")
+    given = [name for name, value in of_ops.items() if value]
+    if what in ("models", "steps") and given:
+        raise ValueError(f"{given[0]} is for ops and changes nothing for {what}, got {of_ops[given[0]]!r}")
 
 
 def default_setting(device, dtype=None, layout=None, batch=None):
