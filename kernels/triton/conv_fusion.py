@@ -1,0 +1,46 @@
+"""What the convolution kernels do to a block on its way in or out: compile-time options, nothing where they are off.
+
+In: a pending activation z = act(x * scale + shift), per channel, and the correction dy + d1 + 2 * d2 * (y - pivot), which
+is how the gradients of the sums of y and of y^2 join the gradient of y. Out: sums per channel, and the gradient of a pending
+activation. The formulas work on fp32 (fp64 for fp64).
+"""
+
+import triton
+import triton.language as tl
+
+from fastcnn.kernels.triton.activation import activate, activate_backward
+
+
+@triton.jit
+def pending_activation(x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """z = act(x * scale + shift). ACTIVATION "none" leaves the affine map."""
+    u = x * scale + shift
+    if ACTIVATION == "none":
+        return u
+    else:
+        return activate(u, SLOPE, ACTIVATION)
+
+
+@triton.jit
+def pending_activation_backward(dz, x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """du = dz * act'(u) at u = x * scale + shift; then dx = du * scale, dscale = sum of du * x, dshift = sum of du."""
+    if ACTIVATION == "none":
+        return dz
+    else:
+        u = x * scale + shift
+        if ACTIVATION == "sigmoid" or ACTIVATION == "tanh":  # the others take x, and relu the sign of either
+            u = activate(u, SLOPE, ACTIVATION)
+        return activate_backward(dz, u, SLOPE, ACTIVATION)
+
+
+@triton.jit
+def corrected(dy, y, d1, d2, pivot):
+    """The gradient of y whose sums about the pivot have the gradients d1 (of the sum) and d2 (of the squares' sum)."""
+    return dy + d1 + 2.0 * d2 * (y - pivot)
+
+
+@triton.jit
+def store_sums(sums_ptr, first, second, columns, inside, stride):
+    """One row of partial sums: [first | second], each `stride` long. A second kernel adds the rows in fixed order."""
+    tl.store(sums_ptr + columns, first, mask=inside)
+    tl.store(sums_ptr + stride + columns, second, mask=inside)
