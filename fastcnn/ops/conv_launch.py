@@ -40,3 +40,9 @@ class Launch:
     stages: int = 0
     pack: int = 1  # groups that share one tile
     splits: int = 1  # backward_weight: programs that share a tile's pixels
+    programs: int = 0  # images, forward and backward_input: persistent programs, multiprocessors times blocks on each
+
+
+def is_one_pixel(r, s, stride, padding):
+    """Whether every output pixel reads the input pixel of its own position alone: then the pixels are rows."""
+    return r == s == 1 and tuple(stride) == (1, 1) and tuple(padding) == (0, 0)

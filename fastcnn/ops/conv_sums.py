@@ -1,0 +1,63 @@
+"""Sums over partial results, always in the same order: gradients of bias and weight, sums per channel."""
+
+import torch
+
+from fastcnn.ops import common
+
+PROGRAMS = 264  # two waves of an H100: a sum with fewer tiles is split over its rows
+MIN_STEPS = 4  # steps of a block of rows that a split is worth
+TILE = (64, 32)  # rows, columns
+SUM_BLOCK = 256
+
+
+def accumulator_dtype(dtype):
+    """The dtype sums are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shares(rows, tiles, block):
+    """Split rows over programs: (number of shares, rows per share). The order of summation hangs on sizes only."""
+    steps = -(-rows // block)
+    count = max(1, min(-(-PROGRAMS // tiles), steps // MIN_STEPS))
+    share = max(1, -(-steps // count)) * block
+    return max(1, -(-rows // share)), share
+
+
+def sum_slabs(slabs, out):
+    """out = the sum of the slabs, which lie in out's memory order."""
+    from fastcnn.kernels.triton.conv2d import sum_slabs_kernel
+
+    numel = out.numel()
+    int64 = common.exceeds_int32(slabs)
+    sum_slabs_kernel[(-(-numel // SUM_BLOCK),)](slabs, out, numel, slabs.shape[0], INT64=int64, BLOCK=SUM_BLOCK)
+
+
+def sum_pixels(image, out):
+    """out [C] = the sum of image [N, C, H, W], any strides, over everything but the channels."""
+    from fastcnn.kernels.triton.conv2d import conv2d_backward_bias_kernel
+
+    n, c, h, w = image.shape
+    block_m, block_n = TILE
+    pixels = n * h * w
+    tiles = -(-c // block_n)
+    count, share = shares(pixels, tiles, block_m)
+    part = out
+    if count > 1:
+        part = torch.empty((count, c), dtype=accumulator_dtype(image.dtype), device=image.device)
+    conv2d_backward_bias_kernel[(tiles * count,)](
+        *(image, part, pixels, h, w, c, share),
+        *image.stride(),
+        INT64=common.exceeds_int32(image) or pixels >= 2**31 - 2**20,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+    )
+    if count > 1:
+        sum_slabs(part, out)
+
+
+def sum_rows(partial):
+    """The sum [2, C] of partial sums [rows, 2, C]."""
+    rows, _, c = partial.shape
+    out = torch.empty((2, c), dtype=partial.dtype, device=partial.device)
+    sum_pixels(partial.view(rows, 2 * c, 1, 1), out)
+    return out
