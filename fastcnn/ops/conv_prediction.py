@@ -1,0 +1,318 @@
+"""Which launches can run a convolution's pass, and how long each would take: a first guess without a GPU.
+
+The model counts tiles, what a step of a tile's reduction moves and multiplies, and how many tiles an SM works on at
+the same time. A step takes as long as the slowest of tensor cores, shared memory, L2 and latency; the kernel as long as
+its steps or as its bytes, whichever is more. Numbers of the chips: chips.py. What is assumed here stands in the
+constants below.
+"""
+
+import dataclasses
+import math
+
+from fastcnn.ops.chips import L2_BYTES_PER_CYCLE, REGISTERS, SHARED_BYTES_PER_CYCLE
+from fastcnn.ops.conv_problem import FAMILIES, Launch
+
+# (rows, columns, depth, warps, stages). Chosen by compiling for sm_80, sm_90 and sm_100: no row spills. A row whose
+# shared memory is more than the chip's is left out there.
+TILES = {
+    ("images", "16-bit"): (
+        (128, 32, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3),
+        (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 3),
+        (128, 32, 32, 4, 4), (128, 64, 32, 4, 4), (128, 128, 32, 8, 4), (128, 256, 32, 8, 4),
+        (128, 32, 16, 4, 4), (128, 64, 16, 4, 4), (128, 128, 16, 8, 4),
+    ),
+    ("images", "tf32"): (
+        (128, 32, 32, 4, 4), (128, 64, 32, 4, 4), (128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (128, 64, 16, 4, 4),
+    ),
+    ("gather", "16-bit"): (
+        (128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3),
+    ),
+    ("gather", "tf32"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
+    ("gather", "ieee"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
+    ("gather", "fp64"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
+    # narrow loads keep one address per element in registers, hence their small tiles
+    ("narrow", "16-bit"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("narrow", "tf32"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("narrow", "ieee"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("narrow", "fp64"): ((32, 16, 16, 4, 2),),
+}  # fmt: skip
+FOLDED_CHANNELS = 8  # per group, up to which a step's reduction is filled from several taps
+PACKED_DEPTH = (32, 64)  # channels and filters that groups packed into one tile shall reach
+MIN_STEPS = 4  # steps of a reduction that a split is worth
+MAX_SLABS = 256 << 20  # bytes of the slabs of all splits together
+WAVES = (1, 2, 3, 4)  # how often the splits of a gradient of the weight may fill the chip
+
+# Assumptions, in cycles: from asking for the first block until it is multiplied; what a tile's end costs beside its
+# stores; instructions per 16 bytes that a gather computes an address and a mask for, of which an SM issues 128 a cycle
+LATENCY = 1000
+TILE_END = 500
+GATHER_INSTRUCTIONS = 10
+NARROW = 8  # times more of them, without 16 bytes at a time
+START = 2e-6  # seconds from one kernel's end to the next one's first step
+OTHER_REGISTERS = {"images": 48, "gather": 64, "folded": 80}  # per thread, beside the accumulators
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a launch is predicted to take.
+
+    Attributes:
+        seconds: all of it.
+        tiles: of all programs, splits counted.
+        occupancy: programs that an SM holds at the same time.
+        waves: tiles over the programs that the chip holds.
+        compute: seconds if memory were infinitely fast.
+        memory: seconds that its bytes alone take.
+        limit: what a step waits for: "tensor cores" (or the fp32 units), "shared memory", "L2", "addresses", "latency";
+            "memory" where the bytes take longer than all steps.
+    """
+
+    seconds: float
+    tiles: int
+    occupancy: int
+    waves: float
+    compute: float
+    memory: float
+    limit: str
+
+
+def shared_bytes(problem, launch):
+    """Shared memory of one program: the blocks in flight. A fused load may take a second tensor beside the first."""
+    m, n, k = launch.block_m, launch.block_n, launch.block_k
+    elements = (m + n + (max(m, n) if problem.fused and launch.family == "images" else 0)) * k
+    return elements * problem.itemsize * launch.stages + 1024
+
+
+def occupancy(problem, launch, chip):
+    """Programs that an SM holds at the same time."""
+    threads = 32 * launch.warps
+    accumulators = launch.block_m * launch.block_n * (2 if problem.arithmetic == "fp64" else 1)
+    # sm_100 keeps them in tensor memory
+    per_thread = 0 if chip.arch in (100, 103) and problem.arithmetic == "16-bit" else accumulators // threads
+    per_thread = min(255, per_thread + OTHER_REGISTERS[launch.family] + (48 if problem.fused else 0))
+    by_registers = REGISTERS // (-(-per_thread // 8) * 8 * threads)
+    by_shared = chip.shared_per_sm // (shared_bytes(problem, launch) + 1024)
+    return max(1, min(by_registers, by_shared, chip.threads_per_sm // threads))
+
+
+def why_not(problem, launch, chip):
+    """None if this launch gives right results for this problem on this chip, else the sentence that says why not."""
+    if launch.family not in FAMILIES:
+        return f"there is no family {launch.family!r}: there are {', '.join(FAMILIES)}"
+    if launch.family == "cudnn":
+        return None
+    for name in ("block_m", "block_n", "block_k", "warps"):
+        value = getattr(launch, name)
+        if value < 1 or value & (value - 1):
+            return f"{name} must be a power of two, got {value}"
+    if min(launch.block_m, launch.block_n, launch.block_k) < 16:
+        return f"tiles have at least 16 rows, columns and steps, got {launch}"
+    if min(launch.stages, launch.pack, launch.splits) < 1:
+        return f"stages, pack and splits must be at least 1, got {launch}"
+    if launch.splits > 1 and problem.kind != "backward_weight":
+        return f"only the gradient of the weight is split, not {problem.kind}"
+    if launch.pack > 1 and (launch.family != "gather" or problem.groups % launch.pack):
+        return f"pack must divide the {problem.groups} groups, in the family gather, got {launch}"
+    if shared_bytes(problem, launch) > chip.shared_per_block:
+        return f"{launch} needs {shared_bytes(problem, launch) >> 10} KiB of shared memory: more than a block may have"
+    if launch.family == "folded" and (
+        problem.kind == "backward_input" or problem.c // problem.groups > FOLDED_CHANNELS
+    ):
+        return f"the family folded is for forward and backward_weight of up to {FOLDED_CHANNELS} channels per group"
+    return _why_not_images(problem, launch, chip) if launch.family == "images" else None
+
+
+def _why_not_images(problem, launch, chip):
+    if chip.arch < 90:
+        return f"the family images needs compute capability 9.0, not {chip.arch / 10}"
+    if problem.access != "packed":
+        return "the family images needs NHWC tensors without gaps and rows of a multiple of 16 bytes"
+    if problem.arithmetic != "16-bit" and (problem.arithmetic, problem.kind) != ("tf32", "forward"):
+        return f"the family images has no {problem.kind} in {problem.arithmetic}"
+    if problem.is_one_pixel and (problem.p, problem.q) != (problem.h, problem.w):
+        return f"the family images has no 1x1 filters that leave pixels without one, got {problem}"
+    if problem.kind == "backward_weight":
+        return None
+    # the channels behind a pixel's or a group's last one are those of the next
+    if problem.depth % launch.block_k and not (problem.is_one_pixel and problem.groups == 1):
+        return f"block_k must divide the {problem.depth} reduced channels of a group, got {launch.block_k}"
+    if problem.columns % launch.block_n and problem.groups > 1:
+        return f"block_n must divide the {problem.columns} computed channels of a group, got {launch.block_n}"
+    return None
+
+
+def candidates(problem, chip):
+    """Every launch worth a thought: right on this chip, and with tiles that the problem's sizes fill by half."""
+    found = [*_images(problem), *_gather(problem)]
+    found = [launch for launch in dict.fromkeys(found) if why_not(problem, launch, chip) is None]
+    return [filled for launch in found for filled in _filling(problem, launch, chip)]
+
+
+def _images(problem):
+    weight = problem.kind == "backward_weight"
+    for m, n, k, warps, stages in TILES.get(("images", problem.arithmetic), ()):
+        images = k if weight else m
+        if 2 * problem.rows < images:
+            continue
+        # a tile's other sides are not twice as large as what they hold
+        sides = ((m, problem.columns), (n, problem.depth)) if weight else ((n, problem.columns), (k, problem.depth))
+        if all(block <= max(16, _power_of_two(size)) for block, size in sides):
+            yield Launch("images", m, n, k, warps, stages - (stages > 3 and problem.fused))
+
+
+def _gather(problem):
+    weight = problem.kind == "backward_weight"
+    kind = "narrow" if problem.access == "narrow" else "gather"
+    folds = problem.c // problem.groups <= FOLDED_CHANNELS and problem.kind != "backward_input" and problem.r > 1
+    for family in ("gather", "folded") if folds and problem.groups == 1 else ("gather",):
+        for m, n, k, warps, stages in TILES[kind, problem.arithmetic]:
+            for pack in _packs(problem) if family == "gather" else (1,):
+                rows, columns, depth = _matrix(problem, family, pack)
+                # the smallest tile always stays
+                n = min(n, max(16, _power_of_two(columns)))
+                m = min(m, max(16, _power_of_two(rows))) if weight else m
+                yield Launch(family, m, n, min(k, max(16, _power_of_two(depth))), warps, stages, pack)
+
+
+def _matrix(problem, family, pack=1):
+    """Rows, columns and depth of the matrix product of a gathering family, for one tap or, folded, all of them."""
+    columns, depth = problem.columns * pack, problem.depth * pack
+    taps = problem.r * problem.s if family == "folded" else 1
+    if problem.kind == "backward_weight":
+        return depth, columns * taps, problem.n * problem.p * problem.q
+    if problem.kind == "forward":
+        return problem.n * problem.p * problem.q, columns, depth * taps
+    # of one parity class
+    sizes = zip((problem.h, problem.w), problem.stride, strict=True)
+    return problem.n * math.prod(-(-size // stride) for size, stride in sizes), columns, depth
+
+
+def _packs(problem):
+    found = {1}
+    smaller = min(problem.c, problem.k) // problem.groups
+    for reached in PACKED_DEPTH:
+        pack = 1
+        while pack * smaller < reached and problem.groups % (2 * pack) == 0:
+            pack *= 2
+        found.add(pack)
+    return sorted(found) if problem.groups > 1 and problem.access != "narrow" else [1]
+
+
+def _power_of_two(n):
+    """The smallest power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def _filling(problem, launch, chip):
+    """The launch with as many programs as the chip holds, or with the numbers of splits that fill it once, twice, ..."""
+    programs = chip.sms * occupancy(problem, launch, chip)
+    if problem.kind != "backward_weight":
+        return [dataclasses.replace(launch, programs=programs) if launch.family == "images" else launch]
+    tiles, steps = _tiles_and_steps(problem, launch)
+    slab = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s
+    most = max(1, min(steps // tiles // MIN_STEPS, MAX_SLABS // max(1, slab)))
+    return [
+        dataclasses.replace(launch, splits=splits)
+        for splits in sorted({min(most, max(1, waves * programs // tiles)) for waves in WAVES})
+    ]
+
+
+def _tiles_and_steps(problem, launch):
+    """Tiles without their splits, and steps of BLOCK_K of all tiles together."""
+    m, n, k, pack = launch.block_m, launch.block_n, launch.block_k, launch.pack
+    taps, groups = problem.r * problem.s, problem.groups // pack
+    if launch.family == "images":
+        pairs = 1 if problem.is_one_pixel else problem.taps_inside()
+        if problem.kind == "backward_weight":
+            tiles = -(-problem.columns // m) * -(-problem.depth // n) * groups
+            return tiles * taps, tiles * -(-problem.rows // k) * pairs
+        size = (problem.p, problem.q) if problem.kind == "forward" else (problem.h, problem.w)
+        tiles = -(-problem.rows // m) * -(-problem.columns // n) * groups
+        return tiles * (1 if problem.is_one_pixel else math.prod(size)), tiles * pairs * -(-problem.depth // k)
+    rows, columns, depth = _matrix(problem, launch.family, pack)
+    tiles = -(-rows // m) * -(-columns // n) * groups
+    steps = tiles * -(-depth // k)
+    if launch.family == "folded":
+        return tiles, steps
+    if problem.kind == "backward_input":
+        # a tap reaches the pixels of one parity class; a class without taps is written all the same
+        return tiles * min(problem.stride[0], problem.h) * min(problem.stride[1], problem.w), steps * taps
+    return (tiles * taps if problem.kind == "backward_weight" else tiles), steps * taps
+
+
+def _step(problem, launch, chip, resident, active):
+    """{what: cycles that an SM needs for one step of one tile}.
+
+    Args:
+        resident: programs on an SM.
+        active: SMs that work.
+    """
+    m, n, k, size = launch.block_m, launch.block_n, launch.block_k, problem.itemsize
+    loaded = (m + n) * k * size
+    l2 = min(L2_BYTES_PER_CYCLE, chip.l2 * 1e12 / active / chip.hertz)
+    cycles = {
+        "tensor cores": m * n * k / chip.macs_per_cycle(problem.arithmetic),
+        "shared memory": (loaded + _operand_reads(problem, launch, chip) * size) / SHARED_BYTES_PER_CYCLE,
+        "L2": loaded / l2,
+        # the blocks of the other stages are on their way meanwhile
+        "latency": LATENCY / max(1, launch.stages - 1) / resident,
+    }
+    if launch.family != "images":
+        pieces = loaded / 16 * (NARROW if problem.access == "narrow" else 1)
+        cycles["addresses"] = pieces * GATHER_INSTRUCTIONS / 128
+    return cycles
+
+
+def _operand_reads(problem, launch, chip):
+    """Elements of shared memory that the tensor cores read for one step of a tile."""
+    m, n, k = launch.block_m, launch.block_n, launch.block_k
+    if chip.arch in (100, 103):
+        return (m + n) * k  # tcgen05: each operand once
+    if chip.arch == 90 and m >= 64:
+        return m // 64 * (64 + n) * k  # wgmma m64nNk16: both operands every time
+    # mma.sync: warps stand in a grid over the tile, each reads its rows and its columns
+    down = min(launch.warps, max(1, m // 16))
+    while down > 1 and m // down < n // (launch.warps // down):
+        down //= 2
+    return (m * (launch.warps // down) + n * down) * k
+
+
+def predict(problem, launch, chip):
+    """The Prediction of a launch that `candidates` gave."""
+    tiles, steps = _tiles_and_steps(problem, launch)
+    per_tile = steps / tiles / launch.splits
+    tiles *= launch.splits
+    resident = occupancy(problem, launch, chip)
+    # tiles that the busiest SM computes, and how many of them at the same time
+    busiest = -(-tiles // chip.sms)
+    together = min(resident, busiest)
+    cycles = _step(problem, launch, chip, together, min(tiles, chip.sms))
+    limit = max(cycles, key=cycles.get)
+    stored = launch.block_m * launch.block_n * (4 if launch.splits > 1 else problem.itemsize)
+    end = TILE_END + stored / L2_BYTES_PER_CYCLE
+    # a persistent program loads the next tile's blocks while it stores; others begin anew with every round
+    rounds = -(-busiest // together)
+    begins = 1 if launch.family == "images" and problem.kind != "backward_weight" else rounds
+    compute = (busiest * per_tile * cycles[limit] + begins * LATENCY + rounds * end) / chip.hertz
+    memory = problem.bytes / chip.bytes_per_second
+    seconds = START + max(compute, memory)
+    if launch.splits > 1:
+        # slabs are written, and read by a second kernel
+        slabs = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s * launch.splits
+        memory += slabs / chip.bytes_per_second
+        seconds = 2 * START + max(compute, memory) + slabs / chip.bytes_per_second
+    limit = "memory" if memory > compute else limit
+    return Prediction(seconds, tiles, resident, tiles / (chip.sms * resident), compute, memory, limit)
+
+
+def ranked(problem, chip):
+    """[(Prediction, Launch)] of all candidates, the fastest first."""
+    found = [(predict(problem, launch, chip), launch) for launch in candidates(problem, chip)]
+    # where memory is the limit, the tile that leaves it most room
+    return sorted(found, key=lambda pair: (pair[0].seconds, pair[0].compute))
+
+
+def roofline(problem, chip):
+    """Seconds that the chip's sustained arithmetic or bandwidth take at least, whichever is more."""
+    peak = 2 * chip.macs_per_cycle(problem.arithmetic) * chip.sms * chip.hertz
+    return max(2 * problem.macs / peak, problem.bytes / chip.bytes_per_second)
