@@ -133,6 +133,8 @@ def _why_not_images(problem, launch, chip):
         return f"the family images has no 1x1 filters that leave pixels without one, got {problem}"
     if problem.kind == "backward_weight":
         return None
+    if launch.programs < 1:
+        return f"programs must be at least 1, got {launch.programs}"
     # the channels behind a pixel's or a group's last one are those of the next
     if problem.depth % launch.block_k and not (problem.is_one_pixel and problem.groups == 1):
         return f"block_k must divide the {problem.depth} reduced channels of a group, got {launch.block_k}"
@@ -157,7 +159,7 @@ def _images(problem):
         # a tile's other sides are not twice as large as what they hold
         sides = ((m, problem.columns), (n, problem.depth)) if weight else ((n, problem.columns), (k, problem.depth))
         if all(block <= max(16, _power_of_two(size)) for block, size in sides):
-            yield Launch("images", m, n, k, warps, stages - (stages > 3 and problem.fused))
+            yield Launch("images", m, n, k, warps, stages - (stages > 3 and problem.fused), programs=1)
 
 
 def _gather(problem):
@@ -204,10 +206,11 @@ def _power_of_two(n):
 
 
 def _filling(problem, launch, chip):
-    """The launch with as many programs as the chip holds, or with the numbers of splits that fill it once, twice, ..."""
+    """The launch with as many programs as the chip holds, or with numbers of splits that fill it once, twice, ..."""
     programs = chip.sms * occupancy(problem, launch, chip)
     if problem.kind != "backward_weight":
-        return [dataclasses.replace(launch, programs=programs) if launch.family == "images" else launch]
+        return [dataclasses.replace(launch, programs=programs if launch.family == "images" else 0)]
+    launch = dataclasses.replace(launch, programs=0)
     tiles, steps = _tiles_and_steps(problem, launch)
     slab = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s
     most = max(1, min(steps // tiles // MIN_STEPS, MAX_SLABS // max(1, slab)))

@@ -28,40 +28,10 @@ from pathlib import Path
 import torch
 
 from fastcnn.names import check_name
+from fastcnn.ops.chips import CHIPS
 from fastcnn.study import ledger
 from fastcnn.study.trace import trace
 
-
-@dataclass(frozen=True)
-class Gpu:
-    """What the vendor says of a GPU: dense TFLOP/s with fp32 accumulation, TB/s.
-
-    Attributes:
-        device: how torch.cuda.get_device_name names it, in part.
-        tensor_16: fp16 and bf16 on tensor cores, without sparsity.
-        tf32: fp32 operands on tensor cores.
-        fp32: outside of tensor cores.
-        bandwidth: of its memory.
-        source: the vendor's document.
-    """
-
-    device: str
-    tensor_16: float
-    tf32: float
-    fp32: float
-    bandwidth: float
-    source: str
-
-
-GPUS = {
-    "a100-sxm": Gpu("A100-SXM4-80GB", 312, 156, 19.5, 2.039, "NVIDIA A100 Tensor Core GPU datasheet, 80GB SXM"),
-    "h100-sxm": Gpu("H100 80GB HBM3", 989.4, 494.7, 66.9, 3.35, "NVIDIA H100 Tensor Core GPU architecture, H100 SXM5"),
-    "h100-pcie": Gpu("H100 PCIe", 756, 378, 51, 2.0, "NVIDIA H100 Tensor Core GPU datasheet, H100 PCIe"),
-    "h200": Gpu("H200", 989.4, 494.7, 66.9, 4.8, "NVIDIA H200 Tensor Core GPU datasheet, H200 SXM"),
-    "b200": Gpu("B200", 2250, 1100, 80, 8.0, "NVIDIA Blackwell architecture technical brief, HGX B200"),
-    "l40s": Gpu("L40S", 362, 183, 91.6, 0.864, "NVIDIA L40S datasheet"),
-    "rtx-4090": Gpu("RTX 4090", 165.2, 82.6, 82.6, 1.008, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
-}
 REAL = {"arithmetic": 0.65, "bandwidth": 0.90, "gap": 1.5e-6}
 
 
@@ -285,7 +255,7 @@ def roofline(model, input_shape, batch=256, gpu="h100-sxm", dtype=torch.bfloat16
         model: any module; it is traced, not run.
         input_shape: of one image, [C, H, W].
         batch: images per step; they share the optimizer's traffic and the gaps between kernels.
-        gpu: one of GPUS.
+        gpu: one of CHIPS.
         dtype: of activations: float16, bfloat16, float32 (then with TF32 on tensor cores).
         ceilings: (TFLOP/s, TB/s), measured; replaces the vendor's. gpu then is only a name.
         name: of the network, for titles.
@@ -298,8 +268,8 @@ def roofline(model, input_shape, batch=256, gpu="h100-sxm", dtype=torch.bfloat16
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be torch.float16, torch.bfloat16 or torch.float32, got {dtype}")
     if ceilings is None:
-        check_name("gpu", gpu, list(GPUS))
-        known = GPUS[gpu]
+        check_name("gpu", gpu, list(CHIPS))
+        known = CHIPS[gpu]
         tflops, tbs = known.tf32 if dtype == torch.float32 else known.tensor_16, known.bandwidth
         machine, cores = f"{gpu} ({known.source})", known.fp32
     else:
@@ -307,7 +277,7 @@ def roofline(model, input_shape, batch=256, gpu="h100-sxm", dtype=torch.bfloat16
         if not (tflops > 0 and tbs > 0):
             raise ValueError(f"ceilings must be two positive numbers (TFLOP/s, TB/s), got {ceilings!r}")
         # elementwise arithmetic is never the limit on a GPU: its rate is not measured
-        machine, cores = f"{gpu}, measured ceilings", GPUS[gpu].fp32 if gpu in GPUS else tflops
+        machine, cores = f"{gpu}, measured ceilings", CHIPS[gpu].fp32 if gpu in CHIPS else tflops
     traced = 2  # batch norm needs more than one value
     calls = trace(model, (traced, *input_shape))
     kernels = {s: ledger.kernels(calls, s, traced, dtype.itemsize, batch) for s in ledger.SCHEMES}
@@ -322,7 +292,7 @@ def command(name, batch=256, gpu="h100-sxm", results_folder="benchmarks/results"
     Args:
         name: a network, as `networks.build` knows it.
         batch: images per step.
-        gpu: one of GPUS; measured=True ignores it.
+        gpu: one of CHIPS; measured=True ignores it.
         results_folder: where result rows lie; those of this network on this GPU are drawn.
         measured: take device, ceilings and dtype of the newest result row.
         out: the picture; default: roofline-NAME.png in the current folder.
@@ -347,8 +317,8 @@ def command(name, batch=256, gpu="h100-sxm", results_folder="benchmarks/results"
         }
         rows = [row for row in rows if row["device"] == last["device"] and row["dtype"] == last["dtype"]]
     else:
-        check_name("gpu", gpu, list(GPUS))
-        rows = [row for row in rows if GPUS[gpu].device in row["device"] and row["dtype"] == "bfloat16"]
+        check_name("gpu", gpu, list(CHIPS))
+        rows = [row for row in rows if CHIPS[gpu].device in row["device"] and row["dtype"] == "bfloat16"]
     plain = name.rpartition(":")[2]
     found = roofline(networks.build(name), networks.input_shape(name), batch, name=plain, **options)
     points = [
