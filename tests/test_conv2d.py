@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import fastcnn
 import fastcnn.functional as fF
 from fastcnn.ops import conv2d as conv2d_ops
+from fastcnn.ops import conv2d_gather, conv_sums
 from fastcnn.testing import assert_matches
 
 channels_last = torch.channels_last
@@ -182,7 +183,7 @@ ROWS = [(*key, row) for key, rows in conv2d_ops.LAUNCHES.items() for row in rows
 @pytest.mark.parametrize("arithmetic, width, row", ROWS, ids=str)
 def test_conv2d_is_exact_on_integers_with_every_launch(lane, arithmetic, width, row, monkeypatch):
     monkeypatch.setattr(conv2d_ops, "LAUNCHES", dict.fromkeys(conv2d_ops.LAUNCHES, (row,)))
-    monkeypatch.setattr(conv2d_ops, "PROGRAMS", 40)  # at least two shares of the pixels
+    monkeypatch.setattr(conv_sums, "PROGRAMS", 40)  # at least two shares of the pixels
     dtype = {"16-bit": bf16, "fp64": fp64}.get(arithmetic, fp32)
     c, k = (16, 32) if width == "wide" else (5, 18)
     # 286 pixels: two tiles of the tallest, the last one ragged
@@ -215,7 +216,7 @@ def test_conv2d_splits_pixels(lane):
     # 1,155 pixels are 73 steps: the gradients of weight and bias are sums of several slabs, the last of them shorter
     x, w = randn(3, 2, 35, 12, device=lane.device), randn(3, 2, 1, 2, device=lane.device)
     b = randn(3, device=lane.device)
-    assert conv2d_ops._shares(1155, 2, 16)[0] > 1 and conv2d_ops._shares(1155, 1, 64)[0] > 1
+    assert conv_sums.shares(1155, 2, 16)[0] > 1 and conv_sums.shares(1155, 1, 64)[0] > 1
     assert_matches(fF.conv2d, F.conv2d, x, w, b)
 
 
@@ -246,7 +247,7 @@ def test_conv2d_of_elements_beyond_32_bits(lane, which, dim):
 
 def test_conv2d_of_many_pixels_in_64_bits(lane, monkeypatch):
     # the variant that gigantic tensors take, on a small one
-    monkeypatch.setattr(conv2d_ops, "_int64", lambda *_: True)
+    monkeypatch.setattr(conv2d_gather, "needs_int64", lambda *_: True)
     x, w = randn(2, 4, 7, 6, device=lane.device), randn(6, 2, 3, 3, device=lane.device)
     arguments = dict(stride=2, padding=1, groups=2)
     assert_matches(lambda *i: fF.conv2d(*i, **arguments), lambda *i: F.conv2d(*i, **arguments), x, w)
@@ -255,10 +256,10 @@ def test_conv2d_of_many_pixels_in_64_bits(lane, monkeypatch):
 
 def test_conv2d_chooses_64_bits_by_size():
     small = torch.empty(4, device="meta")
-    assert not conv2d_ops._int64(10**6, small)
+    assert not conv2d_gather.needs_int64(10**6, small)
     # few elements, many pixels: an expanded gradient
-    assert conv2d_ops._int64(2**31, small)
-    assert conv2d_ops._int64(1, small, torch.empty(2**31, device="meta"))
+    assert conv2d_gather.needs_int64(2**31, small)
+    assert conv2d_gather.needs_int64(1, small, torch.empty(2**31, device="meta"))
 
 
 def test_conv2d_double_backward(lane):

@@ -9,11 +9,14 @@ The host functions take sizes and the top and left padding only, so padding that
 even filter) needs no copy. conv_transpose2d and linear run on them, too.
 """
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 
 from fastcnn.backends import Op
-from fastcnn.ops import common
+from fastcnn.ops import common, conv2d_gather
+from fastcnn.ops.conv_launch import Launch
 
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by arithmetic and by whether loads are 16 bytes wide. The first row whose
 # BLOCK_N holds all columns is taken, else the last. Chosen 2026-11 by compiling for sm_80, sm_90 and sm_100, not by
@@ -29,12 +32,6 @@ LAUNCHES = {
     ("fp64", "wide"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
     ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
 }
-REGISTERS = 255  # per thread: without a word, the assembler spills a little to fit one more block on a multiprocessor
-BAND = 8  # row tiles that share the column tiles through L2
-PROGRAMS = 264  # two waves of an H100: a gradient of the weight with fewer tiles is split over pixels
-MIN_STEPS = 4  # steps of BLOCK_K pixels that a split is worth
-BIAS_TILE = (64, 32)
-SUM_BLOCK = 256
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -86,19 +83,6 @@ def _empty_grad_weight(weight):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _strides(tensor):
-    """Strides for a kernel. Those of sizes of one mean nothing: the value friendliest to the compiler replaces them."""
-    n, c, h, w = (0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return n, c if tensor.shape[1] != 1 else 1, h, w
-
-
-def _is_wide(tensor):
-    """Whether the compiler knows that loads along dimension 1 are aligned to 16 bytes: it looks for multiples of 16."""
-    n, c, h, w = _strides(tensor)
-    divisible = all(number % 16 == 0 for number in (n, h, w, tensor.data_ptr()))
-    return c == 1 and divisible
-
-
 def _precision(tensor, tf32_switch):
     """tf32 where torch's own switch for convolutions ("conv") or matrix products ("matmul") allows it, else ieee."""
     if tensor.dtype != torch.float32 or tensor.device.type == "cpu":
@@ -108,47 +92,28 @@ def _precision(tensor, tf32_switch):
 
 
 def _launch(dtype, precision, wide, columns, depth):
-    """A row of LAUNCHES as kernel arguments; no tile is deeper than the inner reduction, of length depth, needs."""
+    """A row of LAUNCHES; no tile is deeper than the inner reduction, of length depth, needs."""
     arithmetic = {torch.float32: precision, torch.float64: "fp64"}.get(dtype, "16-bit")
     rows = LAUNCHES[arithmetic, "wide" if wide else "narrow"]
     block_m, block_n, block_k, warps, stages = next((row for row in rows if row[1] >= columns), rows[-1])
     block_k = min(block_k, max(16, 1 << (depth - 1).bit_length()))
-    return dict(
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, num_warps=warps, num_stages=stages, maxnreg=REGISTERS
-    )
+    return Launch("gather", block_m, block_n, block_k, warps, stages)
 
 
-def _int64(pixels, *tensors):
-    return common.exceeds_int32(*tensors) or pixels >= 2**31 - 2**20
+def _wide(weight, groups, *tensors):
+    k, c = weight.shape[:2]
+    return c % 16 == 0 and k // groups % 16 == 0 and all(map(conv2d_gather.is_wide, tensors))
 
 
 def conv2d_forward(input, weight, bias, size, stride, padding, dilation, groups, channels_last, tf32_switch, backend):
     """y [N, K, *size]; padding is (top, left). Also the gradient of the input of conv_transpose2d."""
-    from fastcnn.kernels.triton.conv2d import conv2d_forward_kernel
-
-    (n, _, h, w), (k, c, r, s) = input.shape, weight.shape
-    p, q = size
-    k //= groups
-    y = _empty_image(input, k * groups, size, channels_last)
+    y = _empty_image(input, weight.shape[0], size, channels_last)
     if y.numel() == 0:
         return y
-    pixels = n * p * q
     precision = _precision(input, tf32_switch)
-    wide = c % 16 == 0 and k % 16 == 0 and _is_wide(input) and _is_wide(weight)
-    launch = _launch(input.dtype, precision, wide, k, c)
-    grid = -(-pixels // launch["BLOCK_M"]) * -(-k // launch["BLOCK_N"]) * groups
-    with common.device_guard(input):
-        conv2d_forward_kernel[(grid,)](
-            *(input, weight, None if bias is None else bias.contiguous(), y),
-            *(pixels, h, w, p, q, c, k, r, s),
-            *(*_strides(input), *_strides(weight), *_strides(y)),
-            *(*stride, *padding, *dilation),
-            HAS_BIAS=bias is not None,
-            PRECISION=precision,
-            INT64=_int64(pixels, input, weight, y),
-            BAND=BAND,
-            **launch,
-        )
+    wide = _wide(weight, groups, input, weight)
+    launch = _launch(input.dtype, precision, wide, weight.shape[0] // groups, weight.shape[1])
+    conv2d_gather.forward(input, weight, bias, y, stride, padding, dilation, groups, precision, launch)
     return y
 
 
@@ -156,112 +121,35 @@ def conv2d_backward_input(
     grad_output, weight, bias, size, stride, padding, dilation, groups, channels_last, tf32_switch, backend
 ):
     """Gradient of the input [N, C, *size]. With a bias [C] it is the forward of conv_transpose2d."""
-    from fastcnn.kernels.triton.conv2d import conv2d_backward_input_kernel
-
-    (n, _, p, q), (k, c, r, s) = grad_output.shape, weight.shape
-    h, w = size
-    k //= groups
-    grad_input = _empty_image(grad_output, c * groups, size, channels_last)
+    grad_input = _empty_image(grad_output, weight.shape[1] * groups, size, channels_last)
     if grad_input.numel() == 0:
         return grad_input
-    # pixels of one parity class; the number of classes
-    pixels = n * -(-h // stride[0]) * -(-w // stride[1])
-    classes = min(stride[0], h) * min(stride[1], w)
     precision = _precision(grad_output, tf32_switch)
-    wide = c % 16 == 0 and k % 16 == 0 and _is_wide(grad_output) and _is_wide(weight)
-    launch = _launch(grad_output.dtype, precision, wide, c, k)
-    grid = -(-pixels // launch["BLOCK_M"]) * -(-c // launch["BLOCK_N"]) * groups * classes
-    with common.device_guard(grad_output):
-        conv2d_backward_input_kernel[(grid,)](
-            *(grad_output, weight, None if bias is None else bias.contiguous(), grad_input),
-            *(pixels, h, w, p, q, c, k, r, s),
-            *(*_strides(grad_output), *_strides(weight), *_strides(grad_input)),
-            *(*stride, *padding, *dilation),
-            HAS_BIAS=bias is not None,
-            PRECISION=precision,
-            INT64=_int64(pixels, grad_output, weight, grad_input),
-            BAND=BAND,
-            **launch,
-        )
+    wide = _wide(weight, groups, grad_output, weight)
+    launch = _launch(grad_output.dtype, precision, wide, weight.shape[1], weight.shape[0] // groups)
+    geometry = (stride, padding, dilation, groups)
+    conv2d_gather.backward_input(grad_output, weight, bias, grad_input, *geometry, precision, launch)
     return grad_input
-
-
-def _shares(pixels, tiles, block):
-    """Split pixels over programs: (number of shares, pixels per share). The order of summation hangs on sizes only."""
-    steps = -(-pixels // block)
-    shares = max(1, min(-(-PROGRAMS // tiles), steps // MIN_STEPS))
-    share = max(1, -(-steps // shares)) * block
-    return max(1, -(-pixels // share)), share
-
-
-def _accumulator_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _sum_slabs(slabs, out):
-    """out = the sum of the slabs, which lie in out's memory order."""
-    from fastcnn.kernels.triton.conv2d import sum_slabs_kernel
-
-    numel = out.numel()
-    int64 = common.exceeds_int32(slabs)
-    sum_slabs_kernel[(-(-numel // SUM_BLOCK),)](slabs, out, numel, slabs.shape[0], INT64=int64, BLOCK=SUM_BLOCK)
 
 
 def conv2d_backward_weight(grad_output, input, weight, stride, padding, dilation, groups, tf32_switch, backend):
     """Gradient of the weight, whose values are not read: it gives the shape and the strides of the gradient."""
-    from fastcnn.kernels.triton.conv2d import conv2d_backward_weight_kernel
-
-    (n, _, p, q), (_, _, h, w), (k, c, r, s) = grad_output.shape, input.shape, weight.shape
-    k //= groups
     grad_weight = _empty_grad_weight(weight)
-    pixels = n * p * q
     precision = _precision(input, tf32_switch)
-    wide = c % 16 == 0 and k % 16 == 0 and _is_wide(grad_output) and _is_wide(input)
-    launch = _launch(input.dtype, precision, wide, c, pixels)
-    launch["BLOCK_M"] = min(launch["BLOCK_M"], max(16, 1 << (k - 1).bit_length()))
-    tiles = -(-k // launch["BLOCK_M"]) * -(-c // launch["BLOCK_N"]) * r * s * groups
-    shares, share = _shares(pixels, tiles, launch["BLOCK_K"])
-    out = grad_weight
-    if shares > 1:
-        out = torch.empty((shares, grad_weight.numel()), dtype=_accumulator_dtype(weight.dtype), device=weight.device)
-    with common.device_guard(input):
-        conv2d_backward_weight_kernel[(tiles * shares,)](
-            *(grad_output, input, out),
-            *(pixels, h, w, p, q, c, k, r, s, groups, share, grad_weight.numel()),
-            *(*_strides(grad_output), *_strides(input), *_strides(grad_weight)),
-            *(*stride, *padding, *dilation),
-            PRECISION=precision,
-            INT64=_int64(pixels, grad_output, input, grad_weight),
-            **launch,
-        )
-        if shares > 1:
-            _sum_slabs(out, grad_weight)
+    wide = _wide(weight, groups, grad_output, input)
+    pixels = grad_output.numel() // max(1, grad_output.shape[1])
+    launch = _launch(input.dtype, precision, wide, weight.shape[1], pixels)
+    block_m = min(launch.block_m, max(16, 1 << (weight.shape[0] // groups - 1).bit_length()))
+    launch = dataclasses.replace(launch, block_m=block_m)
+    geometry = (stride, padding, dilation, groups)
+    conv2d_gather.backward_weight(grad_output, input, grad_weight, *geometry, precision, launch)
     return grad_weight
 
 
 def conv2d_backward_bias(grad_output, backend):
     """Gradient of the bias [K]: the sum over everything but the channels."""
-    from fastcnn.kernels.triton.conv2d import conv2d_backward_bias_kernel
-
-    n, k, p, q = grad_output.shape
-    block_m, block_n = BIAS_TILE
-    pixels = n * p * q
-    tiles = -(-k // block_n)
-    shares, share = _shares(pixels, tiles, block_m)
-    grad_bias = torch.empty(k, dtype=grad_output.dtype, device=grad_output.device)
-    out = grad_bias
-    if shares > 1:
-        out = torch.empty((shares, k), dtype=_accumulator_dtype(grad_output.dtype), device=grad_output.device)
-    with common.device_guard(grad_output):
-        conv2d_backward_bias_kernel[(tiles * shares,)](
-            *(grad_output, out, pixels, p, q, k, share),
-            *_strides(grad_output),
-            INT64=_int64(pixels, grad_output),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-        )
-        if shares > 1:
-            _sum_slabs(out, grad_bias)
+    grad_bias = torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)
+    conv2d_gather.backward_bias(grad_output, grad_bias)
     return grad_bias
 
 

@@ -1,17 +1,27 @@
 """Dense 2-D convolution as implicit GEMM: forward, gradient of the input, gradient of the weight, gradient of the bias.
 
-Nothing is unfolded in memory: a tile of the GEMM's left side is gathered from the image while it is loaded. Reductions
-run over the filter's taps outside and the channels inside, so that what depends on the tap (the shift into the image,
-the mask of rows that fall into the padding) is computed once per tap. C and K count the channels and filters of one
-group; every tensor has its own strides, and a channel stride of one is known at compile time.
+Nothing is unfolded in memory: a tile of the GEMM's left side is gathered from the image while it is loaded. One loop
+runs over the filter's taps and, inside, over blocks of channels, so that loads are in flight across taps, too; a step
+adds one scalar offset to pointers made before the loop and compares the rows' places with the image's borders. FOLDED
+is for few channels: one reduction over (tap, channel), or in the gradient of the weight one column for each, so that
+blocks do not pad every tap's channels. C and K count the channels and filters of one group; every tensor has its own
+strides, and a channel stride of one is known at compile time.
 
 A transposed convolution is the same three kernels in other roles, a linear layer is the case of one pixel and one tap.
+Options (None where off): what conv_fusion.py does to blocks on load and on store.
 """
 
 import triton
 import triton.language as tl
 
+from fastcnn.kernels.triton.activation import activate
 from fastcnn.kernels.triton.common import accumulator
+from fastcnn.kernels.triton.conv_fusion import (
+    corrected,
+    pending_activation,
+    pending_activation_backward,
+    store_sums,
+)
 
 
 @triton.jit
@@ -24,12 +34,48 @@ def band_order(pid, tiles_m, tiles_n, BAND: tl.constexpr):
     return first + within % height, within // height
 
 
+@triton.jit
+def next_step(c0, s, r, C, S, BLOCK_K: tl.constexpr):
+    """The counters of a loop over filter rows, filter columns and, innermost, blocks of channels: one step on."""
+    # selects, not branches: those would keep the compiler from pipelining the loop
+    c0 += BLOCK_K
+    wraps = c0 >= C
+    c0 = tl.where(wraps, 0, c0)
+    s = tl.where(wraps, s + 1, s)
+    wraps = s >= S
+    return c0, tl.where(wraps, 0, s), tl.where(wraps, r + 1, r)
+
+
+@triton.jit
+def within(h, w, H, W):
+    """Whether places lie in the image: one comparison per axis, as unsigned numbers the negative ones are large."""
+    return (h.to(tl.uint32) < H.to(tl.uint32)) & (w.to(tl.uint32) < W.to(tl.uint32))
+
+
+@triton.jit
+def divide(m, multiplier, shift):
+    """m // d for 0 <= m < 2^31, by the two numbers that the host computed for d (Granlund and Montgomery 1994)."""
+    m = m.to(tl.uint32)
+    return ((tl.umulhi(m, multiplier.to(tl.uint32)) + m) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def channel_vector(pointer, channels, count):
+    """Per-channel numbers of an option; zero past the end."""
+    return tl.load(pointer + channels, mask=channels < count, other=0.0)
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w"])
 def conv2d_forward_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
     y_ptr,
+    scale_ptr,  # pending activation of x
+    shift_ptr,
+    residual_ptr,  # laid out as y
+    pivot_ptr,
+    sums_ptr,  # [tiles of M, 2, filters of all groups]
     M,  # N * P * Q
     H,
     W,
@@ -39,6 +85,7 @@ def conv2d_forward_kernel(
     K,
     R,
     S,
+    G,
     stride_xn,
     stride_xc,
     stride_xh,
@@ -57,7 +104,11 @@ def conv2d_forward_kernel(
     pad_w,
     dil_h,
     dil_w,
-    HAS_BIAS: tl.constexpr,
+    PENDING: tl.constexpr,
+    PENDING_SLOPE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SLOPE: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -89,43 +140,100 @@ def conv2d_forward_kernel(
     x_rows = n * stride_xn + h0 * stride_xh + w0 * stride_xw
     y_rows = n * stride_yn + p * stride_yp + q * stride_yq
     # rows past the end are sent out of the image: the padding's mask covers them
-    h0 = tl.where(m < M, h0, H)
-    x_group = x_ptr + g * C * stride_xc
-    w_group = w_ptr + g * K * stride_wk
+    h0 = tl.where(m < M, h0, H).to(tl.int32)
+    w0 = w0.to(tl.int32)
+    x_rows = (x_ptr + g * C * stride_xc) + x_rows[:, None]  # [BLOCK_M, 1]
+    w_columns = (w_ptr + g * K * stride_wk) + (k * stride_wk)[None, :]  # [1, BLOCK_N]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for tap in range(R * S):
-        r = tap // S
-        s = tap % S
-        h = h0 + r * dil_h
-        w = w0 + s * dil_w
-        inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        x_tap = x_group + r * dil_h * stride_xh + s * dil_w * stride_xw
-        w_tap = w_group + r * stride_wr + s * stride_ws
-        for c0 in range(0, C, BLOCK_K):
-            channels = c0 + c
+    if FOLDED:
+        for j0 in range(0, R * S * C, BLOCK_K):
+            j = j0 + c
+            channels = j % C
+            r = j // C // S
+            s = j // C % S
+            real = j < R * S * C
+            h_shift = r * dil_h
+            w_shift = s * dil_w
+            h = h0[:, None] + h_shift.to(tl.int32)[None, :]
+            inside = within(h, w0[:, None] + w_shift.to(tl.int32)[None, :], H, W) & real[None, :]
             x_block = tl.load(  # [BLOCK_M, BLOCK_K]
-                x_tap + x_rows[:, None] + (channels * stride_xc)[None, :],
-                mask=inside[:, None] & (channels < C)[None, :],
+                x_rows + (channels * stride_xc + h_shift * stride_xh + w_shift * stride_xw)[None, :],
+                mask=inside,
                 other=0.0,
             )
             w_block = tl.load(  # [BLOCK_K, BLOCK_N]
-                w_tap + (k * stride_wk)[None, :] + (channels * stride_wc)[:, None],
-                mask=(channels < C)[:, None] & (k < K)[None, :],
+                w_columns + (channels * stride_wc + r * stride_wr + s * stride_ws)[:, None],
+                mask=real[:, None] & (k < K)[None, :],
                 other=0.0,
             )
+            if PENDING is not None:
+                scale = tl.load(scale_ptr + g * C + channels)
+                shift = tl.load(shift_ptr + g * C + channels)
+                z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
+                x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + g * K + k, mask=k < K, other=0.0).to(ACC)[None, :]
-    y_pointers = y_ptr + g * K * stride_yk + y_rows[:, None] + (k * stride_yk)[None, :]
-    tl.store(y_pointers, acc.to(y_ptr.dtype.element_ty), mask=(m < M)[:, None] & (k < K)[None, :])
+    else:
+        x_rows += (c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
+        w_columns += (c * stride_wc)[:, None]  # [BLOCK_K, BLOCK_N]
+        r = tl.zeros((), tl.int32)
+        s = tl.zeros((), tl.int32)
+        c0 = tl.zeros((), tl.int32)
+        for _ in range(R * S * tl.cdiv(C, BLOCK_K)):
+            h_shift = r * dil_h
+            w_shift = s * dil_w
+            inside = within(h0 + h_shift, w0 + w_shift, H, W)
+            real = c0 + c < C
+            tap = c.dtype
+            x_block = tl.load(  # [BLOCK_M, BLOCK_K]
+                x_rows + (h_shift.to(tap) * stride_xh + w_shift.to(tap) * stride_xw + c0.to(tap) * stride_xc),
+                mask=inside[:, None] & real[None, :],
+                other=0.0,
+            )
+            w_block = tl.load(  # [BLOCK_K, BLOCK_N]
+                w_columns + (r.to(tap) * stride_wr + s.to(tap) * stride_ws + c0.to(tap) * stride_wc),
+                mask=real[:, None] & (k < K)[None, :],
+                other=0.0,
+            )
+            if PENDING is not None:
+                scale = channel_vector(scale_ptr + g * C, c0 + c, C)
+                shift = channel_vector(shift_ptr + g * C, c0 + c, C)
+                z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
+                x_block = tl.where(inside[:, None], z, 0.0).to(x_block.dtype)
+            acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
+            c0, s, r = next_step(c0, s, r, C, S, BLOCK_K)
+    stored = (m < M)[:, None] & (k < K)[None, :]
+    y_offsets = g * K * stride_yk + y_rows[:, None] + (k * stride_yk)[None, :]
+    if bias_ptr is not None:
+        acc += channel_vector(bias_ptr + g * K, k, K).to(ACC)[None, :]
+    if residual_ptr is not None:
+        acc += accumulator(tl.load(residual_ptr + y_offsets, mask=stored, other=0.0))
+    if ACTIVATION is not None:
+        acc = activate(acc, SLOPE, ACTIVATION)
+    y = acc.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + y_offsets, y, mask=stored)
+    if sums_ptr is not None:
+        # of what a reader of y sees
+        d = accumulator(y) - channel_vector(pivot_ptr + g * K, k, K)[None, :]
+        d = tl.where(stored, d, 0.0)
+        row = sums_ptr + tile_m.to(tl.int64) * (2 * G * K)
+        store_sums(row, tl.sum(d, axis=0), tl.sum(d * d, axis=0), g * K + k, k < K, G * K)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w"])
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w"])
 def conv2d_backward_input_kernel(
     dy_ptr,
     w_ptr,
     bias_ptr,
     dx_ptr,
+    y_ptr,  # correction of dy; y is laid out as dy
+    d1_ptr,
+    d2_ptr,
+    pivot_ptr,
+    x_ptr,  # pending activation; x and the added tensor are laid out as dx
+    scale_ptr,
+    shift_ptr,
+    sums_ptr,  # [classes * tiles of M, 2, channels of all groups]
+    add_ptr,
     M,  # N * ceil(H / stride_h) * ceil(W / stride_w)
     H,
     W,
@@ -135,6 +243,7 @@ def conv2d_backward_input_kernel(
     K,
     R,
     S,
+    G,
     stride_yn,
     stride_yk,
     stride_yp,
@@ -153,7 +262,10 @@ def conv2d_backward_input_kernel(
     pad_w,
     dil_h,
     dil_w,
-    HAS_BIAS: tl.constexpr,
+    gcd_h,  # of stride and dilation
+    gcd_w,
+    PENDING: tl.constexpr,
+    PENDING_SLOPE: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -169,14 +281,19 @@ def conv2d_backward_input_kernel(
         M = M.to(tl.int64)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(C, BLOCK_N)
-    classes = tl.minimum(stride_h, H) * tl.minimum(stride_w, W)
+    classes = stride_h * stride_w
     pid = tl.program_id(0)
     g = pid // (tiles_m * tiles_n * classes)
-    # the classes of one tile run side by side: they share the rows of dy and together fill whole lines of dx
-    parity = (pid % classes).to(tl.int32)
-    h_parity = parity // tl.minimum(stride_w, W)
-    w_parity = parity % tl.minimum(stride_w, W)
-    tile_m, tile_n = band_order(pid // classes % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
+    pid = pid % (tiles_m * tiles_n * classes)
+    # the classes of a band of row tiles follow each other: they read the same rows of dy
+    per_band = BAND * tiles_n * classes
+    first = pid // per_band * BAND
+    height = tl.minimum(tiles_m - first, BAND)
+    pid = pid % per_band
+    kind = (pid // (height * tiles_n)).to(tl.int32)
+    pid = pid % (height * tiles_n)
+    tile_m = first + pid % height
+    tile_n = pid // height
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -184,6 +301,8 @@ def conv2d_backward_input_kernel(
         g = g.to(tl.int64)
         c = c.to(tl.int64)
         k = k.to(tl.int64)
+    h_parity, r0, r_step, r_count, p0, p_step = parity_class(kind // stride_w, stride_h, pad_h, dil_h, gcd_h, R)
+    w_parity, s0, s_step, s_count, q0, q_step = parity_class(kind % stride_w, stride_w, pad_w, dil_w, gcd_w, S)
     class_h = tl.cdiv(H, stride_h)
     class_w = tl.cdiv(W, stride_w)
     n = m // (class_h * class_w)
@@ -193,49 +312,93 @@ def conv2d_backward_input_kernel(
     w = j * stride_w + w_parity
     inside_x = (m < M) & (h < H) & (w < W)
     dx_rows = n * stride_xn + h * stride_xh + w * stride_xw
+    i = i + p0
+    j = j + q0
     dy_rows = n * stride_yn + i * stride_yp + j * stride_yq
     # rows past the end are sent far out of dy: the mask of its borders covers them
-    i = tl.where(m < M, i, -(1 << 30))
-    dy_group = dy_ptr + g * K * stride_yk
-    w_group = w_ptr + g * K * stride_wk
+    i = tl.where(m < M, i, -(1 << 30)).to(tl.int32)
+    j = j.to(tl.int32)
+    dy_offsets = g * K * stride_yk + dy_rows[:, None] + (k * stride_yk)[None, :]
+    w_block_ptr = w_ptr + (g * K * stride_wk + r0 * stride_wr + s0 * stride_ws)
+    w_block_ptr = w_block_ptr + (c * stride_wc)[None, :] + (k * stride_wk)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
-    for tap in range(R * S):
-        r = tap // S
-        s = tap % S
-        h_shift = h_parity + pad_h - r * dil_h
-        w_shift = w_parity + pad_w - s * dil_w
-        reached = (h_shift % stride_h == 0) & (w_shift % stride_w == 0)
-        p_shift = h_shift // stride_h
-        q_shift = w_shift // stride_w
-        p = i + p_shift
-        q = j + q_shift
-        inside = (p >= 0) & (p < P) & (q >= 0) & (q < Q)
-        dy_tap = dy_group + p_shift * stride_yp + q_shift * stride_yq
-        w_tap = w_group + r * stride_wr + s * stride_ws
-        for k0 in range(0, tl.where(reached, K, 0), BLOCK_K):
-            filters = k0 + k
-            dy_block = tl.load(  # [BLOCK_M, BLOCK_K]
-                dy_tap + dy_rows[:, None] + (filters * stride_yk)[None, :],
-                mask=inside[:, None] & (filters < K)[None, :],
-                other=0.0,
-            )
-            w_block = tl.load(  # [BLOCK_K, BLOCK_N]
-                w_tap + (c * stride_wc)[None, :] + (filters * stride_wk)[:, None],
-                mask=(filters < K)[:, None] & (c < C)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(dy_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + g * C + c, mask=c < C, other=0.0).to(ACC)[None, :]
-    dx_pointers = dx_ptr + g * C * stride_xc + dx_rows[:, None] + (c * stride_xc)[None, :]
-    tl.store(dx_pointers, acc.to(dx_ptr.dtype.element_ty), mask=inside_x[:, None] & (c < C)[None, :])
+    r = tl.zeros((), tl.int32)
+    s = tl.zeros((), tl.int32)
+    k0 = tl.zeros((), tl.int32)
+    for _ in range(r_count * s_count * tl.cdiv(K, BLOCK_K)):
+        p_shift = r * p_step
+        q_shift = s * q_step
+        inside = within(i - p_shift, j - q_shift, P, Q)
+        real = k0 + k < K
+        tap = k.dtype
+        shift = k0.to(tap) * stride_yk - p_shift.to(tap) * stride_yp - q_shift.to(tap) * stride_yq
+        dy_block = tl.load(  # [BLOCK_M, BLOCK_K]
+            dy_ptr + dy_offsets + shift, mask=inside[:, None] & real[None, :], other=0.0
+        )
+        w_block = tl.load(  # [BLOCK_K, BLOCK_N]
+            w_block_ptr
+            + ((r * r_step).to(tap) * stride_wr + (s * s_step).to(tap) * stride_ws + k0.to(tap) * stride_wk),
+            mask=real[:, None] & (c < C)[None, :],
+            other=0.0,
+        )
+        if d1_ptr is not None:
+            y_block = tl.load(y_ptr + dy_offsets + shift, mask=inside[:, None] & real[None, :], other=0.0)
+            d1 = channel_vector(d1_ptr + g * K, k0 + k, K)[None, :]
+            d2 = channel_vector(d2_ptr + g * K, k0 + k, K)[None, :]
+            pivot = channel_vector(pivot_ptr + g * K, k0 + k, K)[None, :]
+            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
+            dy_block = tl.where(inside[:, None], value, 0.0).to(dy_block.dtype)
+        acc = tl.dot(dy_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
+        k0, s, r = next_step(k0, s, r, K, s_count, BLOCK_K)
+    stored = inside_x[:, None] & (c < C)[None, :]
+    dx_offsets = g * C * stride_xc + dx_rows[:, None] + (c * stride_xc)[None, :]
+    if bias_ptr is not None:
+        acc += channel_vector(bias_ptr + g * C, c, C).to(ACC)[None, :]
+    if PENDING is not None:
+        x = accumulator(tl.load(x_ptr + dx_offsets, mask=stored, other=0.0))
+        scale = channel_vector(scale_ptr + g * C, c, C)[None, :]
+        shift = channel_vector(shift_ptr + g * C, c, C)[None, :]
+        # rows past the end have been reached by taps where the class has fewer rows than others
+        du = tl.where(stored, pending_activation_backward(acc, x, scale, shift, PENDING_SLOPE, PENDING), 0.0)
+        row = sums_ptr + (kind * tiles_m + tile_m).to(tl.int64) * (2 * G * C)
+        store_sums(row, tl.sum(du * x, axis=0), tl.sum(du, axis=0), g * C + c, c < C, G * C)
+        acc = du * scale
+    if add_ptr is not None:
+        acc += accumulator(tl.load(add_ptr + dx_offsets, mask=stored, other=0.0))
+    tl.store(dx_ptr + dx_offsets, acc.to(dx_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "G", "share", "pad_h", "pad_w", "dil_h", "dil_w"])
+@triton.jit
+def parity_class(index, stride, pad, dil, gcd, R):
+    """One axis of a parity class: (parity, first tap, step between its taps, how many, place in dy, its step).
+
+    Classes are counted by their first tap, those with most taps first; from stride / gcd on no tap reaches them.
+    Tap number i of pixel parity + j * stride meets dy at j + place - i * step.
+    """
+    taps_apart = stride // gcd
+    first = index % taps_apart
+    rest = index // taps_apart
+    parity = ((first * dil + rest - pad) % stride + stride) % stride
+    count = tl.where(rest == 0, tl.cdiv(tl.maximum(R - first, 0), taps_apart), 0)
+    return parity, first, taps_apart, count, (parity + pad - first * dil) // stride, dil // gcd
+
+
+@triton.jit(
+    do_not_specialize=[
+        "M", "H", "W", "P", "Q", "G", "share", "pad_h", "pad_w", "dil_h", "dil_w",
+        "image_multiplier", "image_shift", "row_multiplier", "row_shift",
+    ]
+)  # fmt: skip
 def conv2d_backward_weight_kernel(
     dy_ptr,
     x_ptr,
     dw_ptr,
+    y_ptr,  # correction of dy; y is laid out as dy
+    d1_ptr,
+    d2_ptr,
+    pivot_ptr,
+    scale_ptr,  # pending activation of x
+    shift_ptr,
     M,  # N * P * Q
     H,
     W,
@@ -247,6 +410,10 @@ def conv2d_backward_weight_kernel(
     S,
     G,
     share,  # pixels per program, a multiple of BLOCK_K
+    image_multiplier,  # for m // (P * Q) and m // Q
+    image_shift,
+    row_multiplier,
+    row_shift,
     stride_split,
     stride_yn,
     stride_yk,
@@ -266,66 +433,109 @@ def conv2d_backward_weight_kernel(
     pad_w,
     dil_h,
     dil_w,
+    PENDING: tl.constexpr,
+    PENDING_SLOPE: tl.constexpr,
+    FOLDED: tl.constexpr,
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # one program computes, for one tap, BLOCK_M filters x BLOCK_N channels of a group, summed over its share of the
-    # pixels. dw is the gradient itself, or one slab per share for sum_slabs_kernel
+    # one program computes BLOCK_M filters x BLOCK_N channels of one tap of a group (FOLDED: x BLOCK_N pairs of tap and
+    # channel), summed over its share of the pixels. dw is the gradient itself, or a slab per share for sum_slabs_kernel
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
-    tiles_m = tl.cdiv(K, BLOCK_M)
-    tiles_n = tl.cdiv(C, BLOCK_N)
-    # the taps of one tile run side by side: they read the same dy and nearly the same x
     pid = tl.program_id(0)
-    tap = pid % (R * S)
-    r = tap // S
-    s = tap % S
-    pid = pid // (R * S)
-    k = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    pid = pid // tiles_m
-    c = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    pid = pid // tiles_n
+    tiles_m = tl.cdiv(K, BLOCK_M)
+    # the taps of one tile run side by side: they read the same dy and nearly the same x
+    if FOLDED:
+        tiles_n = tl.cdiv(R * S * C, BLOCK_N)
+        j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        pid = pid // tiles_n
+        k = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        pid = pid // tiles_m
+        c = j % C
+        r = j // C // S
+        s = j // C % S
+        real = j < R * S * C
+    else:
+        tap = pid % (R * S)
+        r = tap // S
+        s = tap % S
+        pid = pid // (R * S)
+        k = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        pid = pid // tiles_m
+        tiles_n = tl.cdiv(C, BLOCK_N)
+        c = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        pid = pid // tiles_n
+        real = c < C
     g = pid % G
     split = pid // G
     step = tl.arange(0, BLOCK_K)
+    h_shift = r * dil_h - pad_h
+    w_shift = s * dil_w - pad_w
     if INT64:
         step = step.to(tl.int64)
         k = k.to(tl.int64)
         c = c.to(tl.int64)
+        r = r.to(tl.int64)
+        s = s.to(tl.int64)
         g = g.to(tl.int64)
         split = split.to(tl.int64)
         M = M.to(tl.int64)
-    dy_group = dy_ptr + g * K * stride_yk
-    x_tap = x_ptr + g * C * stride_xc + (r * dil_h - pad_h) * stride_xh + (s * dil_w - pad_w) * stride_xw
+    x_columns = g * C * stride_xc + c * stride_xc + h_shift.to(c.dtype) * stride_xh + w_shift.to(c.dtype) * stride_xw
+    dy_filters = g * K * stride_yk + k * stride_yk
+    if d1_ptr is not None:
+        d1 = channel_vector(d1_ptr + g * K, k, K)[:, None]
+        d2 = channel_vector(d2_ptr + g * K, k, K)[:, None]
+        pivot = channel_vector(pivot_ptr + g * K, k, K)[:, None]
+    if PENDING is not None:
+        scale = channel_vector(scale_ptr + g * C, c, C)[None, :]
+        bias = channel_vector(shift_ptr + g * C, c, C)[None, :]
     start = split * share
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     for m0 in range(start, tl.minimum(start + share, M), BLOCK_K):
         m = m0 + step
-        n = m // (P * Q)
-        p = m % (P * Q) // Q
-        q = m % Q
-        h = p * stride_h - pad_h + r * dil_h
-        w = q * stride_w - pad_w + s * dil_w
-        # dy is masked by the padding, too: an Inf in dy times the zero of the padding would be NaN
-        inside = (m < M) & (h >= 0) & (h < H) & (w >= 0) & (w < W)
-        dy_block = tl.load(  # [BLOCK_M, BLOCK_K]
-            dy_group + (n * stride_yn + p * stride_yp + q * stride_yq)[None, :] + (k * stride_yk)[:, None],
-            mask=(k < K)[:, None] & inside[None, :],
-            other=0.0,
-        )
-        x_block = tl.load(  # [BLOCK_K, BLOCK_N]
-            x_tap
-            + (n * stride_xn + p * stride_h * stride_xh + q * stride_w * stride_xw)[:, None]
-            + (c * stride_xc)[None, :],
-            mask=inside[:, None] & (c < C)[None, :],
-            other=0.0,
-        )
+        if INT64:
+            n = m // (P * Q)
+            p = m % (P * Q) // Q
+            q = m % Q
+        else:
+            n = divide(m, image_multiplier, image_shift)
+            p = divide(m, row_multiplier, row_shift)
+            q = m - p * Q
+            p = p - n * P
+        h = (p * stride_h).to(tl.int32)
+        w = (q * stride_w).to(tl.int32)
+        if FOLDED:
+            inside_y = m < M
+            inside = within(h[:, None] + h_shift[None, :], w[:, None] + w_shift[None, :], H, W)
+            inside = inside & inside_y[:, None] & real[None, :]
+        else:
+            # dy is masked by the padding, too: an Inf in dy times the zero of the padding would be NaN
+            inside_y = within(h + h_shift, w + w_shift, H, W) & (m < M)
+            inside = inside_y[:, None] & real[None, :]
+        dy_offsets = (n * stride_yn + p * stride_yp + q * stride_yq)[None, :] + dy_filters[:, None]
+        dy_mask = (k < K)[:, None] & inside_y[None, :]
+        dy_block = tl.load(dy_ptr + dy_offsets, mask=dy_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
+        x_rows = n * stride_xn + p * stride_h * stride_xh + q * stride_w * stride_xw
+        x_block = tl.load(x_ptr + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if d1_ptr is not None:
+            y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
+            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
+            dy_block = tl.where(inside_y[None, :], value, 0.0).to(dy_block.dtype)
+        if PENDING is not None:
+            z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING)
+            if FOLDED:
+                x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
+            else:
+                x_block = tl.where(inside_y[:, None], z, 0.0).to(x_block.dtype)
         acc = tl.dot(dy_block, x_block, acc, input_precision=PRECISION, out_dtype=ACC)
-    dw_rows = dw_ptr + split * stride_split + (g * K + k) * stride_wk + r * stride_wr + s * stride_ws
-    dw_pointers = dw_rows[:, None] + (c * stride_wc)[None, :]
-    tl.store(dw_pointers, acc.to(dw_ptr.dtype.element_ty), mask=(k < K)[:, None] & (c < C)[None, :])
+    dw_rows = dw_ptr + split * stride_split + (g * K + k) * stride_wk
+    dw_columns = r * stride_wr + s * stride_ws + c * stride_wc
+    tl.store(
+        dw_rows[:, None] + dw_columns[None, :], acc.to(dw_ptr.dtype.element_ty), mask=(k < K)[:, None] & real[None, :]
+    )
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "share"])
@@ -371,14 +581,78 @@ def conv2d_backward_bias_kernel(
 
 
 @triton.jit(do_not_specialize=["slabs"])
-def sum_slabs_kernel(slab_ptr, out_ptr, numel, slabs, INT64: tl.constexpr, BLOCK: tl.constexpr):
+def sum_slabs_kernel(
+    slab_ptr, out_ptr, numel, slabs, INT64: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr = 8
+):  # fmt: skip
     # one program sums BLOCK elements over all slabs, always in the same order
     pid = tl.program_id(0)
+    slab = tl.arange(0, AT_ONCE)
     if INT64:
         pid = pid.to(tl.int64)
+        slab = slab.to(tl.int64)
     i = pid * BLOCK + tl.arange(0, BLOCK)
     inside = i < numel
-    acc = tl.zeros((BLOCK,), dtype=slab_ptr.dtype.element_ty)
-    for slab in range(slabs):
-        acc += tl.load(slab_ptr + slab * numel + i, mask=inside, other=0.0)
-    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc = tl.zeros((AT_ONCE, BLOCK), dtype=slab_ptr.dtype.element_ty)
+    for first in range(0, slabs, AT_ONCE):
+        acc += tl.load(
+            slab_ptr + ((first + slab) * numel)[:, None] + i[None, :],
+            mask=(first + slab < slabs)[:, None] & inside[None, :],
+            other=0.0,
+        )
+    tl.store(out_ptr + i, tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def expand_groups_kernel(
+    w_ptr,
+    out_ptr,
+    numel,
+    K,  # filters of one group
+    C,  # channels of one group
+    R,
+    S,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    PACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # one program writes BLOCK elements of the block-diagonal weight [K of all groups, R, S, PACK * C]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = i % (PACK * C)
+    s = i // (PACK * C) % S
+    r = i // (PACK * C * S) % R
+    k = i // (PACK * C * S * R)
+    own = (i < numel) & (column // C == k // K % PACK)
+    values = tl.load(
+        w_ptr + k * stride_wk + column % C * stride_wc + r * stride_wr + s * stride_ws, mask=own, other=0.0
+    )
+    tl.store(out_ptr + i, values, mask=i < numel)
+
+
+@triton.jit
+def contract_groups_kernel(
+    packed_ptr,
+    dw_ptr,
+    numel,
+    K,  # filters of one group
+    C,  # channels of one group
+    R,
+    S,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    PACK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # one program copies BLOCK elements of the diagonal blocks of a gradient [K of all groups, R, S, PACK * C]
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = i % C
+    s = i // C % S
+    r = i // (C * S) % R
+    k = i // (C * S * R)
+    inside = i < numel
+    values = tl.load(packed_ptr + (i // C * PACK + k // K % PACK) * C + c, mask=inside, other=0.0)
+    tl.store(dw_ptr + k * stride_wk + c * stride_wc + r * stride_wr + s * stride_ws, values, mask=inside)
