@@ -186,11 +186,15 @@ class Op:
 def explain():
     """A table of every op: what runs it on CPU and on this machine's GPU, why, and what has run so far.
 
+    A second table, where convolutions have run, has one line for each pass of each: fastcnn's launch, what it and cuDNN
+    take, and whether that was measured at the first call, tuned (`fastcnn tune`) or predicted.
+
     Returns:
         str, ready to print.
     """
     import fastcnn.functional  # noqa: F401  (declares the ops)
     import fastcnn.optim  # noqa: F401
+    from fastcnn.ops import conv_launch
 
     gpu = "no GPU"
     if torch.cuda.is_available():
@@ -202,7 +206,8 @@ def explain():
         names = {"cpu": "fastcnn (numba)", "triton": "fastcnn (interpreter)", "torch": "PyTorch"}
         ran = ", ".join(f"{backend} {count}x" for (backend, _), count in op.calls.items()) or "-"
         rows.append((op.name, names[candidate], gpu, ran, op.why))
-    return _table(rows)
+    convolutions = conv_launch.table()
+    return _table(rows) + ("\n\n" + _table(convolutions) if convolutions else "")
 
 
 def env():

@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import fastcnn
 from fastcnn.ops import chips, conv_launch, conv_prediction, launch_cache
 from fastcnn.ops.chips import CHIPS
 from fastcnn.ops.conv_launch import CUDNN, Choice, Launch, Problem, choose, use
@@ -332,8 +334,7 @@ def test_the_faster_of_own_and_cudnn_is_measured_once(gpu):
     # strict mode, which may not take it, has the other one
     own = choose(problem, CUDA, gpu.run, False)
     assert own == ranked(problem, H100)[0][1] and gpu.measurements == 1
-    ((device, seen, choice),) = conv_launch.choices()
-    assert (device, seen, choice) == (CUDA, problem, Choice(own, 2 * SECONDS, SECONDS, "measured"))
+    assert conv_launch._chosen == {(CUDA, problem): Choice(own, 2 * SECONDS, SECONDS, "measured")}
 
 
 def test_own_where_it_is_faster(gpu):
@@ -343,7 +344,7 @@ def test_own_where_it_is_faster(gpu):
 
 def test_a_prediction_gives_way_to_a_measurement(gpu):
     assert choose(conv(), CUDA, gpu.run, False).family == "images" and gpu.measurements == 0
-    assert conv_launch.choices()[0][2].source == "predicted"
+    assert conv_launch._chosen[CUDA, conv()].source == "predicted"
     assert choose(conv(), CUDA, gpu.run, True) == CUDNN and gpu.measurements == 1
 
 
@@ -401,12 +402,29 @@ def test_forced(gpu):
                 choose(conv(), CUDA, gpu.run, False)
     with use(images), pytest.raises(ValueError, match="without gaps"):
         choose(conv(access="wide"), CUDA, gpu.run, True)
-    assert gpu.measurements == 0 and conv_launch.choices() == []
+    assert gpu.measurements == 0 and conv_launch._chosen == {}
     assert choose(conv(), CUDA, gpu.run, True) == CUDNN
     with pytest.raises(TypeError, match="must be a Launch"):
         use("gather")
     with pytest.raises(ValueError, match="'backwards'"):
         use(gather, "backwards")
+
+
+def test_explain_shows_the_choices(gpu):
+    assert "\n\n" not in fastcnn.explain()
+    choose(conv(stride=2), CUDA, gpu.run, True)
+    choose(conv("backward_weight", c=64, groups=2, access="wide", fused=True), CUDA, gpu.run, False)
+    titles, measured, predicted = fastcnn.explain().split("\n\n")[1].splitlines()
+    cells = lambda line: re.split("  +", line)
+    assert cells(titles) == ["convolution", "on", "fastcnn's launch", "us", "cuDNN us", "fastest", "times are"]
+    problem, device, launch, *times = cells(measured)
+    assert problem == "forward 256x128x28x28, 128 filters 3x3, stride 2, 16-bit"
+    assert device == "cuda:0" and re.fullmatch(r"images \d+x\d+x\d+, \d warps, \d stages", launch)
+    assert times == ["200.0", "100.0", "cuDNN", "measured"]
+    problem, _, launch, *times = cells(predicted)
+    assert problem == "backward_weight 256x64x28x28, 64 filters 3x3, groups 2, 16-bit, wide, fused"
+    assert launch.startswith("gather") and launch.endswith(" splits")
+    assert float(times[0]) > 0 and times[1:] == ["-", "fastcnn", "predicted"]
 
 
 def test_time_is_taken_in_turns(monkeypatch):
@@ -452,7 +470,7 @@ def test_tuned_choices_are_kept(gpu):
     path = launch_cache.save(GPU, tuned)
     assert path.name.startswith("nvidia-h100-80gb-hbm3-triton-") and launch_cache.load(GPU) == tuned
     assert choose(conv(), CUDA, gpu.run, True) == GATHER and gpu.measurements == 0
-    assert conv_launch.choices()[0][2] == Choice(GATHER, SECONDS, 2 * SECONDS, "tuned")
+    assert conv_launch._chosen[CUDA, conv()] == Choice(GATHER, SECONDS, 2 * SECONDS, "tuned")
     # other sizes are measured
     assert choose(conv(c=256), CUDA, gpu.run, True) == CUDNN and gpu.measurements == 1
     assert list(path.parent.glob("*.tmp")) == []

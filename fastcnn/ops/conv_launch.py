@@ -16,7 +16,7 @@ from fastcnn.ops.chips import chip
 from fastcnn.ops.conv_prediction import ranked, why_not
 from fastcnn.ops.conv_problem import KINDS, Launch, Problem, is_one_pixel
 
-__all__ = ["KINDS", "Choice", "Launch", "Problem", "choose", "choices", "is_one_pixel", "measure", "use"]
+__all__ = ["KINDS", "Choice", "Launch", "Problem", "choose", "is_one_pixel", "measure", "table", "use"]
 
 CUDNN = Launch("cudnn")
 REPETITIONS = 5  # of each, one after the other in turn, when a first call measures
@@ -194,6 +194,13 @@ def measure(calls, repetitions=REPETITIONS):
     return [statistics.median(start.elapsed_time(end) for start, end in own) / 1e3 for own in events]
 
 
-def choices():
-    """[(device, Problem, Choice)] of this process so far, for `fastcnn.explain`."""
-    return [(device, problem, choice) for (device, problem), choice in _chosen.items()]
+def table():
+    """Rows of text, the first of them titles, of what this process chose so far; empty if nothing."""
+    rows = []
+    for (device, problem), choice in _chosen.items():
+        cudnn = "-" if choice.cudnn_seconds is None else f"{choice.cudnn_seconds * 1e6:.1f}"
+        fastest = "cuDNN" if choice.best(True) == CUDNN else "fastcnn"
+        times = (f"{choice.seconds * 1e6:.1f}", cudnn, fastest, choice.source)
+        rows.append((str(problem), str(device), str(choice.launch), *times))
+    titles = ("convolution", "on", "fastcnn's launch", "us", "cuDNN us", "fastest", "times are")
+    return [titles, *rows] if rows else []
