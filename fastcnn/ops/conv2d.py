@@ -6,7 +6,8 @@ x [N, C, H, W], w [K, C/G, R, S], bias [K], y [N, K, P, Q]; any strides. Saved f
 torch.nn.functional.conv2d. Source: implicit GEMM, Chetlur et al. 2014 (cuDNN).
 
 The host functions take sizes and the top and left padding only, so padding that differs at the far side ('same' with an
-even filter) needs no copy. conv_transpose2d and linear run on them, too.
+even filter) needs no copy. conv_transpose2d and linear run on them, too. Each pass is a conv_launch.Problem, which
+conv_launch.choose gives to one family of kernels: "images", "gather", "folded", or, in backend "auto" on a GPU, cuDNN.
 """
 
 import dataclasses
@@ -14,24 +15,8 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from fastcnn.backends import Op
-from fastcnn.ops import common, conv2d_gather
-from fastcnn.ops.conv_launch import Launch
-
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by arithmetic and by whether loads are 16 bytes wide. The first row whose
-# BLOCK_N holds all columns is taken, else the last. Chosen 2026-11 by compiling for sm_80, sm_90 and sm_100, not by
-# timing: large tiles that spill on none and fit the 99 KiB of shared memory of consumer chips. Narrow loads keep
-# one address per element in registers, hence their small tiles.
-LAUNCHES = {
-    ("16-bit", "wide"): ((128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3)),
-    ("16-bit", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("tf32", "wide"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
-    ("tf32", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("ieee", "wide"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
-    ("ieee", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("fp64", "wide"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
-    ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
-}
+from fastcnn.backends import Op, current_backend, is_strict
+from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_vendor, conv_launch
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -83,6 +68,14 @@ def _empty_grad_weight(weight):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
+def _is_packed(tensor):
+    """Whether the tensor is NHWC without gaps and every pixel starts on 16 bytes: what descriptors can describe."""
+    n, c, h, w = tensor.shape
+    expected = (h * w * c, 1, w * c, c)
+    in_order = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), expected, strict=True))
+    return in_order and c * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
 def _precision(tensor, tf32_switch):
     """tf32 where torch's own switch for convolutions ("conv") or matrix products ("matmul") allows it, else ieee."""
     if tensor.dtype != torch.float32 or tensor.device.type == "cpu":
@@ -91,59 +84,186 @@ def _precision(tensor, tf32_switch):
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
-def _launch(dtype, precision, wide, columns, depth):
-    """A row of LAUNCHES; no tile is deeper than the inner reduction, of length depth, needs."""
-    arithmetic = {torch.float32: precision, torch.float64: "fp64"}.get(dtype, "16-bit")
-    rows = LAUNCHES[arithmetic, "wide" if wide else "narrow"]
-    block_m, block_n, block_k, warps, stages = next((row for row in rows if row[1] >= columns), rows[-1])
-    block_k = min(block_k, max(16, 1 << (depth - 1).bit_length()))
-    return Launch("gather", block_m, block_n, block_k, warps, stages)
+def _problem(kind, image, weight, output, geometry, precision, others):
+    """The conv_launch.Problem of a pass; image is the convolution's input side, output its output side.
+
+    others: further tensors that an operation on load or store reads, or None.
+    """
+    stride, padding, dilation, groups = geometry
+    (n, c, h, w), (k, _, r, s), (p, q) = image.shape, weight.shape, output.shape[2:]
+    # the gradient of the weight is written in any strides
+    tensors = [image, output, *(t for t in others if t is not None)]
+    if all(map(_is_packed, tensors if kind == "backward_weight" else [*tensors, weight])):
+        access = "packed"
+    else:
+        # both tensors that are read
+        read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
+        whole = c // groups % 16 == 0 and k // groups % 16 == 0
+        access = "wide" if whole and all(map(conv2d_gather.is_wide, read[kind])) else "narrow"
+    arithmetic = {torch.float32: precision, torch.float64: "fp64"}.get(image.dtype, "16-bit")
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    fused = any(t is not None for t in others)
+    return conv_launch.Problem(kind, n, c, h, w, k, r, s, p, q, *geometry, groups, arithmetic, access, fused)
 
 
-def _wide(weight, groups, *tensors):
-    k, c = weight.shape[:2]
-    return c % 16 == 0 and k // groups % 16 == 0 and all(map(conv2d_gather.is_wide, tensors))
+def _family(launch):
+    return conv2d_images if launch.family == "images" else conv2d_gather
 
 
-def conv2d_forward(input, weight, bias, size, stride, padding, dilation, groups, channels_last, tf32_switch, backend):
-    """y [N, K, *size]; padding is (top, left). Also the gradient of the input of conv_transpose2d."""
+def _chosen(problem, run, backend, image, *options):
+    """run(launch) with the launch that conv_launch chooses; cuDNN stands for election in backend "auto" only.
+
+    options: whether each of what compiles into the kernel is on.
+    """
+    allowed = backend == "auto" and conv2d_vendor.can(problem)
+    variant = (image.dtype, *(option is not None for option in options))
+    return run(conv_launch.choose(problem, image.device, run, allowed, variant))
+
+
+def conv2d_forward(
+    input,
+    weight,
+    bias,
+    size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last,
+    tf32_switch,
+    backend,
+    *,
+    pending=None,
+    activation=None,
+    residual=None,
+    pivot=None,
+):
+    """y [N, K, *size]; padding is (top, left). Also the gradient of the input of conv_transpose2d.
+
+    Args:
+        pending: conv_fusion.Pending, applied to input as it is loaded, or None.
+        activation: (name, slope) of the activation of y, or None.
+        residual: added before the activation, shaped as y, or None.
+        pivot: [K]; with it, returns (y, sums [2, K]): of y - pivot and of its square over everything but the channels.
+    """
     y = _empty_image(input, weight.shape[0], size, channels_last)
     if y.numel() == 0:
-        return y
+        return y if pivot is None else (y, torch.zeros((2, y.shape[1]), dtype=pivot.dtype, device=y.device))
+    geometry = stride, padding, dilation, groups
     precision = _precision(input, tf32_switch)
-    wide = _wide(weight, groups, input, weight)
-    launch = _launch(input.dtype, precision, wide, weight.shape[0] // groups, weight.shape[1])
-    conv2d_gather.forward(input, weight, bias, y, stride, padding, dilation, groups, precision, launch)
-    return y
+    if residual is not None:
+        residual = common.with_strides_of(residual, y)
+    problem = _problem("forward", input, weight, y, geometry, precision, (residual,))
+    problem = dataclasses.replace(problem, fused=any((pending, activation, residual is not None, pivot is not None)))
+
+    def run(launch):
+        if launch.family == "cudnn":
+            return common.with_strides_of(conv2d_vendor.forward(input, weight, bias, *geometry, tf32_switch), y), None
+        filters = weight if launch.pack == 1 else conv2d_gather.expand_groups(weight, groups, launch.pack)
+        fusion = dict(pending=pending, activation=activation, residual=residual, pivot=pivot)
+        how = (stride, padding, dilation, groups // launch.pack, precision, launch)
+        return y, _family(launch).forward(input, filters, bias, y, *how, **fusion)
+
+    y, sums = _chosen(problem, run, backend, input, bias, pending, activation, residual, pivot)
+    return y if pivot is None else (y, sums)
 
 
 def conv2d_backward_input(
-    grad_output, weight, bias, size, stride, padding, dilation, groups, channels_last, tf32_switch, backend
+    grad_output,
+    weight,
+    bias,
+    size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    channels_last,
+    tf32_switch,
+    backend,
+    *,
+    correction=None,
+    pending=None,
+    input=None,
+    add=None,
 ):
-    """Gradient of the input [N, C, *size]. With a bias [C] it is the forward of conv_transpose2d."""
+    """Gradient of the input [N, C, *size]. With a bias [C] it is the forward of conv_transpose2d.
+
+    Args:
+        correction: conv_fusion.Correction, applied to grad_output as it is loaded, or None.
+        pending: the conv_fusion.Pending through which the convolution read its input, or None; with it, input is the
+            raw tensor, and the result is (grad_input, grad_scale [C], grad_shift [C]).
+        add: a gradient that is added, shaped as the result, or None.
+    """
     grad_input = _empty_image(grad_output, weight.shape[1] * groups, size, channels_last)
     if grad_input.numel() == 0:
-        return grad_input
+        return grad_input if pending is None else (grad_input, *torch.zeros_like(torch.stack(pending[:2])))
+    geometry = stride, padding, dilation, groups
     precision = _precision(grad_output, tf32_switch)
-    wide = _wide(weight, groups, grad_output, weight)
-    launch = _launch(grad_output.dtype, precision, wide, weight.shape[1], weight.shape[0] // groups)
-    geometry = (stride, padding, dilation, groups)
-    conv2d_gather.backward_input(grad_output, weight, bias, grad_input, *geometry, precision, launch)
-    return grad_input
+    if correction is not None:
+        grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
+        correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
+    raw, add = (None if t is None else common.with_strides_of(t, grad_input) for t in (input, add))
+    others = (correction and correction.y, raw, add)
+    problem = _problem("backward_input", grad_input, weight, grad_output, geometry, precision, others)
+
+    def run(launch):
+        if launch.family == "cudnn":
+            result = conv2d_vendor.backward_input(grad_output, weight, bias, size, *geometry, tf32_switch)
+            return common.with_strides_of(result, grad_input), None
+        filters = weight if launch.pack == 1 else conv2d_gather.expand_groups(weight, groups, launch.pack)
+        fusion = dict(correction=correction, pending=pending, input=raw, add=add)
+        how = (stride, padding, dilation, groups // launch.pack, precision, launch)
+        return grad_input, _family(launch).backward_input(grad_output, filters, bias, grad_input, *how, **fusion)
+
+    grad_input, sums = _chosen(problem, run, backend, grad_output, bias, correction, pending, add)
+    return grad_input if pending is None else (grad_input, *sums)
 
 
-def conv2d_backward_weight(grad_output, input, weight, stride, padding, dilation, groups, tf32_switch, backend):
-    """Gradient of the weight, whose values are not read: it gives the shape and the strides of the gradient."""
+def conv2d_backward_weight(
+    grad_output,
+    input,
+    weight,
+    stride,
+    padding,
+    dilation,
+    groups,
+    tf32_switch,
+    backend,
+    *,
+    correction=None,
+    pending=None,
+):
+    """Gradient of the weight, whose values are not read: it gives the shape and the strides of the gradient.
+
+    correction and pending as in conv2d_backward_input, both applied on load.
+    """
     grad_weight = _empty_grad_weight(weight)
+    if grad_output.numel() == 0:
+        return grad_weight.zero_()
+    geometry = stride, padding, dilation, groups
     precision = _precision(input, tf32_switch)
-    wide = _wide(weight, groups, grad_output, input)
-    pixels = grad_output.numel() // max(1, grad_output.shape[1])
-    launch = _launch(input.dtype, precision, wide, weight.shape[1], pixels)
-    block_m = min(launch.block_m, max(16, 1 << (weight.shape[0] // groups - 1).bit_length()))
-    launch = dataclasses.replace(launch, block_m=block_m)
-    geometry = (stride, padding, dilation, groups)
-    conv2d_gather.backward_weight(grad_output, input, grad_weight, *geometry, precision, launch)
-    return grad_weight
+    if correction is not None:
+        grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
+        correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
+    others = (correction and correction.y, input if pending else None)
+    problem = _problem("backward_weight", input, weight, grad_output, geometry, precision, others)
+
+    def run(launch):
+        if launch.family == "cudnn":
+            result = conv2d_vendor.backward_weight(grad_output, input, weight, *geometry, tf32_switch)
+            return common.with_strides_of(result, grad_weight)
+        fusion = dict(correction=correction, pending=pending)
+        how = (stride, padding, dilation, groups // launch.pack, precision, launch)
+        if launch.pack == 1:
+            _family(launch).backward_weight(grad_output, input, grad_weight, *how, **fusion)
+            return grad_weight
+        shape = weight.shape[0], weight.shape[1] * launch.pack, *weight.shape[2:]
+        packed = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
+        _family(launch).backward_weight(grad_output, input, packed, *how, **fusion)
+        conv2d_gather.contract_groups(packed, grad_weight, groups, launch.pack)
+        return grad_weight
+
+    return _chosen(problem, run, backend, input, correction, pending)
 
 
 def conv2d_backward_bias(grad_output, backend):
@@ -223,6 +343,12 @@ def _padded_reference(input, weight, bias, size, stride, padding, dilation, grou
     ]
     padded = F.pad(input, (padding[1], far[1], padding[0], far[0]))
     return conv2d_reference(padded, weight, bias, stride, 0, dilation, groups)
+
+
+def among_vendors(backend, input):
+    """The backend for the host functions: "auto" where cuDNN is a candidate, else what Op.route said."""
+    free = input.is_cuda and current_backend() == "auto" and not is_strict()
+    return "auto" if backend == "triton" and free else backend
 
 
 def compute_dtype(tensor):
@@ -316,7 +442,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         )
     size = [(padded[d] - extent[d]) // strides[d] + 1 for d in (0, 1)]
 
-    backend = _op.route(input, lambda backend: _why_not(backend, input, weight))
+    backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     operands = (None if t is None else t.to(compute_dtype(t)) for t in (input, weight, bias))

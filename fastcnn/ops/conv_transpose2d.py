@@ -113,7 +113,7 @@ def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_paddi
             f"padding must leave an output of at least 1 x 1, got {padding!r}, which gives {size[0]} x {size[1]}"
         )
 
-    backend = _op.route(input, lambda backend: _why_not(backend, input, weight))
+    backend = conv2d.among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":
         return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     operands = (None if t is None else t.to(conv2d.compute_dtype(t)) for t in (input, weight, bias))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import common
-from fastcnn.ops.conv2d import Conv2dFunction, check_operands, compute_dtype
+from fastcnn.ops.conv2d import Conv2dFunction, among_vendors, check_operands, compute_dtype
 
 _op = Op(
     "linear",
@@ -65,7 +65,7 @@ def linear(input, weight, bias=None):
         ):
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
-    backend = _op.route(input, lambda backend: _why_not(backend, input, weight, bias))
+    backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight, bias)), input)
     if backend == "torch":
         return F.linear(input, weight, bias)
     if bias is not None:
