@@ -162,7 +162,7 @@ def test_candidates_keep_the_rules(problem, name):
         assert why_not(problem, launch, chip) is None
         prediction = predict(problem, launch, chip)
         assert prediction.seconds > roofline(problem, chip) and math.isfinite(prediction.seconds)
-        assert conv_prediction.shared_bytes(problem, launch) <= chip.shared_per_block
+        assert conv_prediction.resources(problem, launch, chip)[1] <= chip.shared_per_block
         assert launch.splits == 1 or problem.kind == "backward_weight"
         assert problem.groups % launch.pack == 0
         if launch.family != "images":

@@ -11,30 +11,21 @@ import math
 
 from fastcnn.ops.chips import L2_BYTES_PER_CYCLE, REGISTERS, SHARED_BYTES_PER_CYCLE
 from fastcnn.ops.conv_problem import FAMILIES, Launch
+from fastcnn.ops.conv_tiles import TILES
 
-# (rows, columns, depth, warps, stages). Chosen by compiling for sm_80, sm_90 and sm_100: no row spills. A row whose
-# shared memory is more than the chip's is left out there.
-TILES = {
-    ("images", "16-bit"): (
-        (128, 32, 64, 4, 4), (128, 64, 64, 4, 4), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3),
-        (64, 64, 64, 4, 4), (64, 128, 64, 4, 4), (64, 256, 64, 8, 4), (256, 64, 64, 8, 4), (256, 128, 64, 8, 3),
-        (128, 32, 32, 4, 4), (128, 64, 32, 4, 4), (128, 128, 32, 8, 4), (128, 256, 32, 8, 4),
-        (128, 32, 16, 4, 4), (128, 64, 16, 4, 4), (128, 128, 16, 8, 4),
-    ),
-    ("images", "tf32"): (
-        (128, 32, 32, 4, 4), (128, 64, 32, 4, 4), (128, 128, 32, 8, 4), (64, 64, 32, 4, 4), (128, 64, 16, 4, 4),
-    ),
-    ("gather", "16-bit"): (
+# (block_m, block_n, block_k, warps, stages) of the families that gather
+GATHER = {
+    ("16-bit", "wide"): (
         (128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3),
     ),
-    ("gather", "tf32"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
-    ("gather", "ieee"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
-    ("gather", "fp64"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
+    ("tf32", "wide"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
+    ("ieee", "wide"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
+    ("fp64", "wide"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
     # narrow loads keep one address per element in registers, hence their small tiles
-    ("narrow", "16-bit"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("narrow", "tf32"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("narrow", "ieee"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("narrow", "fp64"): ((32, 16, 16, 4, 2),),
+    ("16-bit", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("tf32", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("ieee", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
+    ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
 }  # fmt: skip
 FOLDED_CHANNELS = 8  # per group, up to which a step's reduction is filled from several taps
 PACKED_DEPTH = (32, 64)  # channels and filters that groups packed into one tile shall reach
@@ -49,7 +40,7 @@ TILE_END = 500
 GATHER_INSTRUCTIONS = 10
 NARROW = 8  # times more of them, without 16 bytes at a time
 START = 2e-6  # seconds from one kernel's end to the next one's first step
-OTHER_REGISTERS = {"images": 48, "gather": 64, "folded": 80}  # per thread, beside the accumulators
+OTHER_REGISTERS = 64  # of a thread beside its accumulators, in a tile that is in no table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,23 +67,36 @@ class Prediction:
     limit: str
 
 
-def shared_bytes(problem, launch):
-    """Shared memory of one program: the blocks in flight. A fused load may take a second tensor beside the first."""
+def resources(problem, launch, chip):
+    """(registers per thread, bytes of shared memory) of a program: as compiled, else estimated."""
     m, n, k = launch.block_m, launch.block_n, launch.block_k
-    elements = (m + n + (max(m, n) if problem.fused and launch.family == "images" else 0)) * k
-    return elements * problem.itemsize * launch.stages + 1024
+    tiles = TILES.get(_table(problem, launch.family), {})
+    compiled = _on_chip(tiles.get((m, n, k, launch.warps, launch.stages), {}), chip)
+    if compiled and compiled[problem.fused]:
+        return compiled[problem.fused]
+    accumulators = m * n * (2 if problem.arithmetic == "fp64" else 1) // (32 * launch.warps)
+    # what is fused reads a second block like the accumulators, and keeps vectors
+    registers = OTHER_REGISTERS + accumulators * (2 if problem.fused else 1)
+    return min(255, registers), (m + n) * k * problem.itemsize * launch.stages + 1024
+
+
+def _table(problem, family):
+    access = "packed" if family == "images" else problem.access.replace("packed", "wide")
+    return family, problem.kind, problem.arithmetic, access
+
+
+def _on_chip(compiled, chip):
+    """The numbers of the chip in a row of TILES, or of the next one below it."""
+    return compiled.get(max((arch for arch in compiled if arch <= chip.arch), default=None))
 
 
 def occupancy(problem, launch, chip):
     """Programs that an SM holds at the same time."""
     threads = 32 * launch.warps
-    accumulators = launch.block_m * launch.block_n * (2 if problem.arithmetic == "fp64" else 1)
-    # sm_100 keeps them in tensor memory
-    per_thread = 0 if chip.arch in (100, 103) and problem.arithmetic == "16-bit" else accumulators // threads
-    per_thread = min(255, per_thread + OTHER_REGISTERS[launch.family] + (48 if problem.fused else 0))
-    by_registers = REGISTERS // (-(-per_thread // 8) * 8 * threads)
-    by_shared = chip.shared_per_sm // (shared_bytes(problem, launch) + 1024)
-    return max(1, min(by_registers, by_shared, chip.threads_per_sm // threads))
+    registers, shared = resources(problem, launch, chip)
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    # 1 KiB of every program's shared memory is CUDA's
+    return max(1, min(by_registers, chip.shared_per_sm // (shared + 1024), chip.threads_per_sm // threads))
 
 
 def why_not(problem, launch, chip):
@@ -113,8 +117,9 @@ def why_not(problem, launch, chip):
         return f"only the gradient of the weight is split, not {problem.kind}"
     if launch.pack > 1 and (launch.family != "gather" or problem.groups % launch.pack):
         return f"pack must divide the {problem.groups} groups, in the family gather, got {launch}"
-    if shared_bytes(problem, launch) > chip.shared_per_block:
-        return f"{launch} needs {shared_bytes(problem, launch) >> 10} KiB of shared memory: more than a block may have"
+    _, shared = resources(problem, launch, chip)
+    if shared > chip.shared_per_block:
+        return f"{launch} needs {shared >> 10} KiB of shared memory, a block may have {chip.shared_per_block >> 10}"
     if launch.family == "folded" and (
         problem.kind == "backward_input" or problem.c // problem.groups > FOLDED_CHANNELS
     ):
@@ -145,35 +150,48 @@ def _why_not_images(problem, launch, chip):
 
 def candidates(problem, chip):
     """Every launch worth a thought: right on this chip, and with tiles that the problem's sizes fill by half."""
-    found = [*_images(problem), *_gather(problem)]
+    found = [*_images(problem, chip), *_gather(problem)]
     found = [launch for launch in dict.fromkeys(found) if why_not(problem, launch, chip) is None]
     return [filled for launch in found for filled in _filling(problem, launch, chip)]
 
 
-def _images(problem):
+def _images(problem, chip):
     weight = problem.kind == "backward_weight"
-    for m, n, k, warps, stages in TILES.get(("images", problem.arithmetic), ()):
+    found = []
+    for tile, compiled in TILES.get(_table(problem, "images"), {}).items():
+        numbers = _on_chip(compiled, chip)
+        m, n, k, *_ = tile
         images = k if weight else m
-        if 2 * problem.rows < images:
+        if numbers is None or numbers[problem.fused] is None or 2 * problem.rows < images:
             continue
         # a tile's other sides are not twice as large as what they hold
         sides = ((m, problem.columns), (n, problem.depth)) if weight else ((n, problem.columns), (k, problem.depth))
-        if all(block <= max(16, _power_of_two(size)) for block, size in sides):
-            yield Launch("images", m, n, k, warps, stages - (stages > 3 and problem.fused), programs=1)
+        launch = Launch("images", *tile, programs=1)
+        if all(block <= max(32, _power_of_two(size)) for block, size in sides) and not why_not(problem, launch, chip):
+            found.append(launch)
+    # short rows of memory are only for channels that long ones do not divide
+    deepest = max((launch.block_k for launch in found), default=0)
+    return [launch for launch in found if launch.block_k == deepest]
 
 
 def _gather(problem):
     weight = problem.kind == "backward_weight"
-    kind = "narrow" if problem.access == "narrow" else "gather"
     folds = problem.c // problem.groups <= FOLDED_CHANNELS and problem.kind != "backward_input" and problem.r > 1
     for family in ("gather", "folded") if folds and problem.groups == 1 else ("gather",):
-        for m, n, k, warps, stages in TILES[kind, problem.arithmetic]:
-            for pack in _packs(problem) if family == "gather" else (1,):
+        for pack in _packs(problem) if family == "gather" else (1,):
+            access = "wide" if _is_wide(problem, pack) else "narrow"
+            for m, n, k, warps, stages in GATHER[problem.arithmetic, access]:
                 rows, columns, depth = _matrix(problem, family, pack)
                 # the smallest tile always stays
                 n = min(n, max(16, _power_of_two(columns)))
                 m = min(m, max(16, _power_of_two(rows))) if weight else m
                 yield Launch(family, m, n, min(k, max(16, _power_of_two(depth))), warps, stages, pack)
+
+
+def _is_wide(problem, pack):
+    """Whether the channels of every block lie 16 bytes apart: the compiler looks for multiples of 16 elements."""
+    whole = problem.columns * pack % 16 == 0 and problem.depth * pack % 16 == 0
+    return problem.access != "narrow" and whole
 
 
 def _matrix(problem, family, pack=1):
@@ -261,7 +279,7 @@ def _step(problem, launch, chip, resident, active):
         "latency": LATENCY / max(1, launch.stages - 1) / resident,
     }
     if launch.family != "images":
-        pieces = loaded / 16 * (NARROW if problem.access == "narrow" else 1)
+        pieces = loaded / 16 * (1 if _is_wide(problem, launch.pack) else NARROW)
         cycles["addresses"] = pieces * GATHER_INSTRUCTIONS / 128
     return cycles
 
