@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ import torch.nn.functional as F
 import fastcnn
 import fastcnn.functional as fF
 from fastcnn.ops import conv2d as conv2d_ops
-from fastcnn.ops import conv2d_gather, conv_sums
+from fastcnn.ops import conv2d_gather, conv_launch, conv_prediction, conv_sums
 from fastcnn.testing import assert_matches
 
 channels_last = torch.channels_last
@@ -177,22 +179,33 @@ def small_integers(*shape, device, dtype, memory_format=torch.contiguous_format)
     return leaf(values.to(dtype).contiguous(memory_format=memory_format))
 
 
-ROWS = [(*key, row) for key, rows in conv2d_ops.LAUNCHES.items() for row in rows]
+TILES = [
+    (family, arithmetic, tile)
+    for (family, arithmetic), tiles in conv_prediction.TILES.items()
+    for tile in tiles
+    # the interpreter has no tf32, without which there are no images in fp32
+    if (family, arithmetic) != ("images", "tf32")
+]
 
 
-@pytest.mark.parametrize("arithmetic, width, row", ROWS, ids=str)
-def test_conv2d_is_exact_on_integers_with_every_launch(lane, arithmetic, width, row, monkeypatch):
-    monkeypatch.setattr(conv2d_ops, "LAUNCHES", dict.fromkeys(conv2d_ops.LAUNCHES, (row,)))
-    monkeypatch.setattr(conv_sums, "PROGRAMS", 40)  # at least two shares of the pixels
+@pytest.mark.parametrize("family, arithmetic, tile", TILES, ids=str)
+def test_conv2d_is_exact_on_integers_with_every_tile(lane, family, arithmetic, tile):
     dtype = {"16-bit": bf16, "fp64": fp64}.get(arithmetic, fp32)
-    c, k = (16, 32) if width == "wide" else (5, 18)
-    # 286 pixels: two tiles of the tallest, the last one ragged
-    x = small_integers(2, c, 13, 11, device=lane.device, dtype=dtype, memory_format=channels_last)
+    block_m, block_n, block_k, *_ = tile
+    # rows and columns: more than one tile of each, the last one ragged
+    if family == "images":
+        n, c, k, size = block_m + 2, 2 * block_k, max(block_n, block_k) + block_k, (2, 1)
+    else:
+        n, c, k, size = 2, *((5, 18) if family == "narrow" else (16, 32)), (13, 11)
+    x = small_integers(n, c, *size, device=lane.device, dtype=dtype, memory_format=channels_last)
     w = small_integers(k, c, 1, 2, device=lane.device, dtype=dtype, memory_format=channels_last)
     b = small_integers(k, device=lane.device, dtype=dtype)
-    y = fF.conv2d(x, w, b, padding=(0, 1))
-    grad = small_integers(*y.shape, device=lane.device, dtype=dtype)
-    ours = (y, *torch.autograd.grad(y, (x, w, b), grad))
+    launch = conv_launch.Launch("gather" if family == "narrow" else family, *tile, programs=2)
+    split = dataclasses.replace(launch, splits=3)
+    with conv_launch.use(launch, "forward", "backward_input"), conv_launch.use(split, "backward_weight"):
+        y = fF.conv2d(x, w, b, padding=(0, 1))
+        grad = small_integers(*y.shape, device=lane.device, dtype=dtype, memory_format=channels_last)
+        ours = (y, *torch.autograd.grad(y, (x, w, b), grad))
     inputs = [leaf(t.double()) for t in (x, w, b)]
     expected = F.conv2d(*inputs, padding=(0, 1))
     truth = (expected, *torch.autograd.grad(expected, inputs, grad.double()))
