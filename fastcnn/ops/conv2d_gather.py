@@ -99,7 +99,7 @@ def forward(
             *(input, weight, None if bias is None else bias.contiguous(), y, *vectors),
             *(None if residual is None else common.with_strides_of(residual, y),),
             *(None if pivot is None else pivot.contiguous(), sums),
-            *(pixels, h, w, p, q, c, k, r, s, groups),
+            *(pixels, h, w, p, q, c, k, r, s, groups, *_divisor(c), *_divisor(s)),
             *(*kernel_strides(input), *kernel_strides(weight), *kernel_strides(y)),
             *(*stride, *padding, *dilation),
             ACTIVATION=None if activation is None else activation[0],

@@ -65,7 +65,12 @@ def channel_vector(pointer, channels, count):
     return tl.load(pointer + channels, mask=channels < count, other=0.0)
 
 
-@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w"])
+@triton.jit(
+    do_not_specialize=[
+        "M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w",
+        "channel_multiplier", "channel_shift", "column_multiplier", "column_shift",
+    ]
+)  # fmt: skip
 def conv2d_forward_kernel(
     x_ptr,
     w_ptr,
@@ -86,6 +91,10 @@ def conv2d_forward_kernel(
     R,
     S,
     G,
+    channel_multiplier,  # for j // C and tap // S
+    channel_shift,
+    column_multiplier,
+    column_shift,
     stride_xn,
     stride_xc,
     stride_xh,
@@ -143,14 +152,20 @@ def conv2d_forward_kernel(
     h0 = tl.where(m < M, h0, H).to(tl.int32)
     w0 = w0.to(tl.int32)
     x_rows = (x_ptr + g * C * stride_xc) + x_rows[:, None]  # [BLOCK_M, 1]
-    w_columns = (w_ptr + g * K * stride_wk) + (k * stride_wk)[None, :]  # [1, BLOCK_N]
+    w_group = w_ptr + g * K * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if FOLDED:
+        w_rows = w_group + (k * stride_wk)[:, None]  # [BLOCK_N, 1]
         for j0 in range(0, R * S * C, BLOCK_K):
-            j = j0 + c
-            channels = j % C
-            r = j // C // S
-            s = j // C % S
+            j = j0 + tl.arange(0, BLOCK_K)
+            tap = divide(j, channel_multiplier, channel_shift)
+            r = divide(tap, column_multiplier, column_shift)
+            s = tap - r * S
+            channels = j - tap * C
+            if INT64:
+                r = r.to(tl.int64)
+                s = s.to(tl.int64)
+                channels = channels.to(tl.int64)
             real = j < R * S * C
             h_shift = r * dil_h
             w_shift = s * dil_w
@@ -161,9 +176,10 @@ def conv2d_forward_kernel(
                 mask=inside,
                 other=0.0,
             )
-            w_block = tl.load(  # [BLOCK_K, BLOCK_N]
-                w_columns + (channels * stride_wc + r * stride_wr + s * stride_ws)[:, None],
-                mask=real[:, None] & (k < K)[None, :],
+            # as rows, so that the threads that hold x's columns hold those of w
+            w_block = tl.load(  # [BLOCK_N, BLOCK_K]
+                w_rows + (channels * stride_wc + r * stride_wr + s * stride_ws)[None, :],
+                mask=(k < K)[:, None] & real[None, :],
                 other=0.0,
             )
             if PENDING is not None:
@@ -171,10 +187,10 @@ def conv2d_forward_kernel(
                 shift = tl.load(shift_ptr + g * C + channels)
                 z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
-            acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
+            acc = tl.dot(x_block, tl.trans(w_block), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
         x_rows += (c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
-        w_columns += (c * stride_wc)[:, None]  # [BLOCK_K, BLOCK_N]
+        w_block_ptr = w_group + (k * stride_wk)[None, :] + (c * stride_wc)[:, None]  # [BLOCK_K, BLOCK_N]
         r = tl.zeros((), tl.int32)
         s = tl.zeros((), tl.int32)
         c0 = tl.zeros((), tl.int32)
@@ -190,7 +206,7 @@ def conv2d_forward_kernel(
                 other=0.0,
             )
             w_block = tl.load(  # [BLOCK_K, BLOCK_N]
-                w_columns + (r.to(tap) * stride_wr + s.to(tap) * stride_ws + c0.to(tap) * stride_wc),
+                w_block_ptr + (r.to(tap) * stride_wr + s.to(tap) * stride_ws + c0.to(tap) * stride_wc),
                 mask=real[:, None] & (k < K)[None, :],
                 other=0.0,
             )
