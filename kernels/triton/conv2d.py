@@ -217,21 +217,56 @@ def conv2d_forward_kernel(
                 x_block = tl.where(inside[:, None], z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
             c0, s, r = next_step(c0, s, r, C, S, BLOCK_K)
-    stored = (m < M)[:, None] & (k < K)[None, :]
-    y_offsets = g * K * stride_yk + y_rows[:, None] + (k * stride_yk)[None, :]
     if bias_ptr is not None:
         acc += channel_vector(bias_ptr + g * K, k, K).to(ACC)[None, :]
+    if (residual_ptr is not None or sums_ptr is not None) and BLOCK_N >= 64:
+        left, right = halves(acc)
+        k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        if INT64:
+            k = k.to(tl.int64)
+        store_output(
+            left, y_ptr, residual_ptr, pivot_ptr, sums_ptr,
+            y_rows, m < M, k, g, tile_m, K, G, stride_yk, ACTIVATION, SLOPE,
+        )  # fmt: skip
+        store_output(
+            right, y_ptr, residual_ptr, pivot_ptr, sums_ptr,
+            y_rows, m < M, k + BLOCK_N // 2, g, tile_m, K, G, stride_yk, ACTIVATION, SLOPE,
+        )  # fmt: skip
+    else:
+        store_output(
+            acc, y_ptr, residual_ptr, pivot_ptr, sums_ptr,
+            y_rows, m < M, k, g, tile_m, K, G, stride_yk, ACTIVATION, SLOPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def halves(acc):
+    """The left and the right half of the columns: with all that options read, a whole tile does not fit in registers.
+
+    It also ends the tensor cores' layout here: in the one that loads and stores have, columns are added up sooner.
+    """
+    return acc.reshape(acc.shape[0], 2, acc.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def store_output(
+    acc, y_ptr, residual_ptr, pivot_ptr, sums_ptr,
+    rows, inside, k, g, tile, K, G, stride_yk, ACTIVATION: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """The options of conv2d_forward_kernel for the filters k of a tile, its store and its sums."""
+    stored = inside[:, None] & (k < K)[None, :]
+    offsets = g * K * stride_yk + rows[:, None] + (k * stride_yk)[None, :]
     if residual_ptr is not None:
-        acc += accumulator(tl.load(residual_ptr + y_offsets, mask=stored, other=0.0))
+        acc += accumulator(tl.load(residual_ptr + offsets, mask=stored, other=0.0))
     if ACTIVATION is not None:
         acc = activate(acc, SLOPE, ACTIVATION)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + y_offsets, y, mask=stored)
+    tl.store(y_ptr + offsets, y, mask=stored)
     if sums_ptr is not None:
         # of what a reader of y sees
         d = accumulator(y) - channel_vector(pivot_ptr + g * K, k, K)[None, :]
         d = tl.where(stored, d, 0.0)
-        row = sums_ptr + tile_m.to(tl.int64) * (2 * G * K)
+        row = sums_ptr + tile.to(tl.int64) * (2 * G * K)
         store_sums(row, tl.sum(d, axis=0), tl.sum(d * d, axis=0), g * K + k, k < K, G * K)
 
 
@@ -366,22 +401,49 @@ def conv2d_backward_input_kernel(
             dy_block = tl.where(inside[:, None], value, 0.0).to(dy_block.dtype)
         acc = tl.dot(dy_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
         k0, s, r = next_step(k0, s, r, K, s_count, BLOCK_K)
-    stored = inside_x[:, None] & (c < C)[None, :]
-    dx_offsets = g * C * stride_xc + dx_rows[:, None] + (c * stride_xc)[None, :]
     if bias_ptr is not None:
         acc += channel_vector(bias_ptr + g * C, c, C).to(ACC)[None, :]
+    row = kind * tiles_m + tile_m
+    if PENDING is not None and BLOCK_N >= 64:
+        left, right = halves(acc)
+        c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        if INT64:
+            c = c.to(tl.int64)
+        store_input_gradient(
+            left, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+        )  # fmt: skip
+        store_input_gradient(
+            right, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c + BLOCK_N // 2, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+        )  # fmt: skip
+    else:
+        store_input_gradient(
+            acc, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+        )  # fmt: skip
+
+
+@triton.jit
+def store_input_gradient(
+    acc, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+    rows, inside, c, g, tile, C, G, stride_xc, PENDING: tl.constexpr, PENDING_SLOPE: tl.constexpr,
+):  # fmt: skip
+    """The options of conv2d_backward_input_kernel for the channels c of a tile, its sums and its store."""
+    stored = inside[:, None] & (c < C)[None, :]
+    offsets = g * C * stride_xc + rows[:, None] + (c * stride_xc)[None, :]
     if PENDING is not None:
-        x = accumulator(tl.load(x_ptr + dx_offsets, mask=stored, other=0.0))
+        x = accumulator(tl.load(x_ptr + offsets, mask=stored, other=0.0))
         scale = channel_vector(scale_ptr + g * C, c, C)[None, :]
         shift = channel_vector(shift_ptr + g * C, c, C)[None, :]
         # rows past the end have been reached by taps where the class has fewer rows than others
         du = tl.where(stored, pending_activation_backward(acc, x, scale, shift, PENDING_SLOPE, PENDING), 0.0)
-        row = sums_ptr + (kind * tiles_m + tile_m).to(tl.int64) * (2 * G * C)
+        row = sums_ptr + tile.to(tl.int64) * (2 * G * C)
         store_sums(row, tl.sum(du * x, axis=0), tl.sum(du, axis=0), g * C + c, c < C, G * C)
         acc = du * scale
     if add_ptr is not None:
-        acc += accumulator(tl.load(add_ptr + dx_offsets, mask=stored, other=0.0))
-    tl.store(dx_ptr + dx_offsets, acc.to(dx_ptr.dtype.element_ty), mask=stored)
+        acc += accumulator(tl.load(add_ptr + offsets, mask=stored, other=0.0))
+    tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit
