@@ -1,4 +1,4 @@
-"""The command line: fastcnn train | eval | predict | bench | explain | env.
+"""The command line: fastcnn train | eval | predict | bench | tune | explain | env.
 
 Options of `train` are the fields of `TrainConfig`. What a user can get wrong ends in one line and exit code 2.
 Everything heavy is imported by the sub-command that needs it.
@@ -22,7 +22,7 @@ def main(argv=None):
         argv: the words after `fastcnn`; default: those of the process.
 
     Returns:
-        Exit code: 0, 1 if `bench` found a kernel of ours wrong, 2 for a mistake of the user, 130 after Ctrl-C.
+        Exit code: 0, 1 if `bench` or `tune` found a kernel wrong, 2 for a mistake of the user, 130 after Ctrl-C.
     """
     command = None
     try:
@@ -70,6 +70,8 @@ def _parser(resume=None):
     commands.add_subcommand("predict", sub, help="classify images with a trained model")
 
     commands.add_subcommand("bench", _bench_parser(), help="measure against PyTorch")
+
+    commands.add_subcommand("tune", _tune_parser(), help="measure and keep the fastest launches of a network")
 
     sub = _new("Which kernels run each op on this machine and why; with a run folder, which ones ran there.")
     sub.add_argument("run", nargs="?", help="run folder")
@@ -139,6 +141,23 @@ def _bench_parser():
     parser.add_argument("--gpu", default="h100-sxm", type=str, help="of roofline: which GPU")
     parser.add_argument("--measured", action="store_true", help="of roofline: the newest measured ceilings instead")
     parser.add_argument("--out", default=None, type=str | None, help="of roofline: the picture")
+    return parser
+
+
+def _tune_parser():
+    parser = _new(
+        "Measure the launches of every convolution of a network on this GPU, cuDNN beside them, all checked for right "
+        "results first, and keep the fastest in FASTCNN_CACHE (default: fastcnn in the user's cache folder), where "
+        "later processes find them. Without tuning, predictions choose."
+    )
+    parser.add_argument("model", help="resnet50, timm:convnext_tiny, fastcnn:lenet5, ...")
+    parser.add_argument("--batch", default=256, type=int, help="images")
+    parser.add_argument("--image-size", default=None, type=int | None, help="height and width")
+    parser.add_argument("--dtype", default="bf16", type=str, help="bf16, fp16 or fp32")
+    parser.add_argument("--layout", default="channels_last", type=str, help="channels_last or contiguous")
+    parser.add_argument("--all", action="store_true", help="measure every candidate, not only the predicted best")
+    parser.add_argument("--dry-run", action="store_true", help="print predictions; needs no GPU and measures nothing")
+    parser.add_argument("--gpu", default="h100-sxm", type=str, help="of --dry-run: which GPU")
     return parser
 
 
@@ -221,6 +240,21 @@ def _bench(options):
     return 1 if wrong else 0
 
 
+def _tune(options):
+    from fastcnn import tune
+
+    return tune.command(
+        options.model,
+        batch=options.batch,
+        image_size=options.image_size,
+        dtype=options.dtype,
+        layout=options.layout,
+        everything=options.all,
+        dry_run=options.dry_run,
+        gpu=options.gpu,
+    )
+
+
 def _explain(options):
     if options.run is None:
         from fastcnn import explain
@@ -241,4 +275,12 @@ def _env(options):
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "predict": _predict, "bench": _bench, "explain": _explain, "env": _env}
+COMMANDS = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "bench": _bench,
+    "tune": _tune,
+    "explain": _explain,
+    "env": _env,
+}

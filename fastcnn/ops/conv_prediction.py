@@ -257,7 +257,7 @@ def _tiles_and_steps(problem, launch):
         return tiles, steps
     if problem.kind == "backward_input":
         # a tap reaches the pixels of one parity class; a class without taps is written all the same
-        return tiles * min(problem.stride[0], problem.h) * min(problem.stride[1], problem.w), steps * taps
+        return tiles * math.prod(problem.stride), steps * taps
     return (tiles * taps if problem.kind == "backward_weight" else tiles), steps * taps
 
 
