@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.backends import Op, current_backend, is_strict
-from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_vendor, conv_launch
+from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_stem, conv2d_vendor, conv_launch
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -68,12 +68,13 @@ def _empty_grad_weight(weight):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _is_packed(tensor):
-    """Whether the tensor is NHWC without gaps and every pixel starts on 16 bytes: what descriptors can describe."""
+def _is_packed(tensor, rows=False):
+    """Whether the tensor is NHWC without gaps and every pixel starts on 16 bytes; with `rows`, only every row does."""
     n, c, h, w = tensor.shape
     expected = (h * w * c, 1, w * c, c)
     in_order = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), expected, strict=True))
-    return in_order and c * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    unit = (w * c if rows else c) * tensor.element_size()
+    return in_order and unit % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _precision(tensor, tf32_switch):
@@ -84,17 +85,20 @@ def _precision(tensor, tf32_switch):
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
-def _problem(kind, image, weight, output, geometry, precision, others):
+def _problem(kind, image, weight, output, geometry, precision, others, pending=None):
     """The conv_launch.Problem of a pass; image is the convolution's input side, output its output side.
 
     others: further tensors that an operation on load or store reads, or None.
     """
     stride, padding, dilation, groups = geometry
     (n, c, h, w), (k, _, r, s), (p, q) = image.shape, weight.shape, output.shape[2:]
+    outputs = [output, *(t for t in others if t is not None)]
     # the gradient of the weight is written in any strides
-    tensors = [image, output, *(t for t in others if t is not None)]
-    if all(map(_is_packed, tensors if kind == "backward_weight" else [*tensors, weight])):
+    filters = [] if kind == "backward_weight" else [weight]
+    if all(map(_is_packed, [image, *outputs, *filters])):
         access = "packed"
+    elif kind != "backward_input" and all(map(_is_packed, outputs)) and _is_packed(image, rows=True):
+        access = "image"
     else:
         # both tensors that are read
         read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
@@ -102,12 +106,13 @@ def _problem(kind, image, weight, output, geometry, precision, others):
         access = "wide" if whole and all(map(conv2d_gather.is_wide, read[kind])) else "narrow"
     arithmetic = {torch.float32: precision, torch.float64: "fp64"}.get(image.dtype, "16-bit")
     geometry = tuple(stride), tuple(padding), tuple(dilation)
-    fused = any(t is not None for t in others)
-    return conv_launch.Problem(kind, n, c, h, w, k, r, s, p, q, *geometry, groups, arithmetic, access, fused)
+    fused = pending is not None or any(t is not None for t in others)
+    sizes = n, c, h, w, k, r, s, p, q
+    return conv_launch.Problem(kind, *sizes, *geometry, groups, arithmetic, access, fused, pending is not None)
 
 
 def _family(launch):
-    return conv2d_images if launch.family == "images" else conv2d_gather
+    return {"images": conv2d_images, "stem": conv2d_stem}.get(launch.family, conv2d_gather)
 
 
 def _chosen(problem, run, backend, image, *options):
@@ -153,8 +158,9 @@ def conv2d_forward(
     precision = _precision(input, tf32_switch)
     if residual is not None:
         residual = common.with_strides_of(residual, y)
-    problem = _problem("forward", input, weight, y, geometry, precision, (residual,))
-    problem = dataclasses.replace(problem, fused=any((pending, activation, residual is not None, pivot is not None)))
+    problem = _problem("forward", input, weight, y, geometry, precision, (residual,), pending)
+    if activation is not None or pivot is not None:
+        problem = dataclasses.replace(problem, fused=True)
 
     def run(launch):
         if launch.family == "cudnn":
@@ -245,8 +251,8 @@ def conv2d_backward_weight(
     if correction is not None:
         grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
         correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
-    others = (correction and correction.y, input if pending else None)
-    problem = _problem("backward_weight", input, weight, grad_output, geometry, precision, others)
+    others = (correction and correction.y,)
+    problem = _problem("backward_weight", input, weight, grad_output, geometry, precision, others, pending)
 
     def run(launch):
         if launch.family == "cudnn":

@@ -14,7 +14,7 @@ from fastcnn.ops.conv_sums import sum_rows, sum_slabs
 BOX = (8, 32)  # rows and elements of a row that the largest window may have: a tile of it still fits shared memory
 
 
-def _shifts(c, stride, padding):
+def shifts_of(c, stride, padding):
     """Elements from 16 bytes to the window's start, for output columns 0, 1, ... until they repeat."""
     count = 8 // math.gcd(8, stride[1] * c)
     return [(q * stride[1] - padding[1]) * c % 8 for q in range(count)]
@@ -22,10 +22,15 @@ def _shifts(c, stride, padding):
 
 def box(c, r, s, stride, padding):
     """(ROWS, RUN): rows and elements of a row that hold the window at every shift, as powers of two."""
-    run = s * c + max(_shifts(c, stride, padding))
+    run = s * c + max(shifts_of(c, stride, padding))
     rows, run = (1 << (size - 1).bit_length() for size in (r, run))
     # a step of a product has at least 16 elements, 16 bytes of which lie in a row
     return rows, max(run, 16 // rows, 8)
+
+
+def box_of(problem):
+    """(ROWS, RUN) of a conv_problem.Problem."""
+    return box(problem.c, problem.r, problem.s, problem.stride, problem.padding)
 
 
 def why_not(problem):
@@ -36,7 +41,7 @@ def why_not(problem):
         return "the family stem needs 16-bit NHWC images without gaps, rows of 16 bytes and a packed output"
     if problem.groups != 1 or problem.dilation != (1, 1):
         return f"the family stem needs one group and no dilation, got {problem}"
-    rows, run = box(problem.c, problem.r, problem.s, problem.stride, problem.padding)
+    rows, run = box_of(problem)
     if rows > BOX[0] or run > BOX[1]:
         return f"the family stem takes windows of {BOX[0]} rows of {BOX[1]} elements, got {problem}"
     if problem.pending:
@@ -67,7 +72,7 @@ def forward(
     from fastcnn.kernels.triton.conv2d_stem import conv2d_stem_kernel
 
     (n, c, h, w), (k, _, r, s), (p, q) = input.shape, weight.shape, y.shape[2:]
-    shifts = _shifts(c, stride, padding)
+    shifts = shifts_of(c, stride, padding)
     rows, run = box(c, r, s, stride, padding)
     filters = weight.new_zeros((len(shifts), k, rows, run))
     for shifted, shift in zip(filters, shifts, strict=True):
@@ -122,7 +127,7 @@ def backward_weight(
     from fastcnn.kernels.triton.conv2d_stem import conv2d_stem_backward_weight_kernel
 
     (n, c, h, w), (k, _, r, s), (p, q) = input.shape, grad_weight.shape, grad_output.shape[2:]
-    shifts = _shifts(c, stride, padding)
+    shifts = shifts_of(c, stride, padding)
     rows, run = box(c, r, s, stride, padding)
     slabs = torch.empty((launch.splits, len(shifts), k, rows, run), dtype=torch.float32, device=input.device)
     flat = lambda tensor: TensorDescriptor(tensor, [n, p * q * k], [p * q * k, 1], [launch.block_k, launch.block_m])

@@ -9,6 +9,7 @@ constants below.
 import dataclasses
 import math
 
+from fastcnn.ops import conv2d_stem
 from fastcnn.ops.chips import L2_BYTES_PER_CYCLE, REGISTERS, SHARED_BYTES_PER_CYCLE
 from fastcnn.ops.conv_problem import FAMILIES, Launch
 from fastcnn.ops.conv_tiles import TILES
@@ -27,7 +28,13 @@ GATHER = {
     ("ieee", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
     ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
 }  # fmt: skip
+# (images, filters, warps, stages) of the family stem; the rest of its tile is the window's box
+STEM = {
+    "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3)),
+    "backward_weight": ((64, 64, 8, 3), (64, 64, 8, 4), (32, 64, 8, 4), (64, 32, 4, 4)),
+}
 FOLDED_CHANNELS = 8  # per group, up to which a step's reduction is filled from several taps
+PERSISTENT = ("images", "stem")  # forward and backward_input
 PACKED_DEPTH = (32, 64)  # channels and filters that groups packed into one tile shall reach
 MIN_STEPS = 4  # steps of a reduction that a split is worth
 MAX_SLABS = 256 << 20  # bytes of the slabs of all splits together
@@ -74,10 +81,21 @@ def resources(problem, launch, chip):
     compiled = _on_chip(tiles.get((m, n, k, launch.warps, launch.stages), {}), chip)
     if compiled and compiled[problem.fused]:
         return compiled[problem.fused]
+    if launch.family == "stem":
+        return _stem_resources(problem, launch)
     accumulators = m * n * (2 if problem.arithmetic == "fp64" else 1) // (32 * launch.warps)
     # what is fused reads a second block like the accumulators, and keeps vectors
     registers = OTHER_REGISTERS + accumulators * (2 if problem.fused else 1)
     return min(255, registers), (m + n) * k * problem.itemsize * launch.stages + 1024
+
+
+def _stem_resources(problem, launch):
+    # the image's block passes through registers, two elements in each; forward, one block of the weight stays
+    m, n, k, threads = launch.block_m, launch.block_n, launch.block_k, 32 * launch.warps
+    weight = problem.kind == "backward_weight"
+    registers = 48 + (m * n + (k * n if weight else m * k) // 2) // threads + (40 if problem.fused else 0)
+    shared = launch.stages * (m + n) * k * 2 if weight else (launch.stages * m * k + n * k + m * n) * 2
+    return min(255, registers), shared + 1024
 
 
 def _table(problem, family):
@@ -124,7 +142,23 @@ def why_not(problem, launch, chip):
         problem.kind == "backward_input" or problem.c // problem.groups > FOLDED_CHANNELS
     ):
         return f"the family folded is for forward and backward_weight of up to {FOLDED_CHANNELS} channels per group"
+    if launch.family == "stem":
+        return _why_not_stem(problem, launch, chip)
     return _why_not_images(problem, launch, chip) if launch.family == "images" else None
+
+
+def _why_not_stem(problem, launch, chip):
+    if chip.arch < 90:
+        return f"the family stem needs compute capability 9.0, not {chip.arch / 10}"
+    reason = conv2d_stem.why_not(problem)
+    if reason is None:
+        name = "block_n" if problem.kind == "backward_weight" else "block_k"
+        box = math.prod(conv2d_stem.box_of(problem))
+        if getattr(launch, name) != box:
+            reason = f"{name} must be the {box} elements of the window's box, got {getattr(launch, name)}"
+        elif problem.kind == "forward" and launch.programs < 1:
+            reason = f"programs must be at least 1, got {launch.programs}"
+    return reason
 
 
 def _why_not_images(problem, launch, chip):
@@ -150,7 +184,7 @@ def _why_not_images(problem, launch, chip):
 
 def candidates(problem, chip):
     """Every launch worth a thought: right on this chip, and with tiles that the problem's sizes fill by half."""
-    found = [*_images(problem, chip), *_gather(problem)]
+    found = [*_images(problem, chip), *_stem(problem), *_gather(problem)]
     found = [launch for launch in dict.fromkeys(found) if why_not(problem, launch, chip) is None]
     return [filled for launch in found for filled in _filling(problem, launch, chip)]
 
@@ -172,6 +206,18 @@ def _images(problem, chip):
     # short rows of memory are only for channels that long ones do not divide
     deepest = max((launch.block_k for launch in found), default=0)
     return [launch for launch in found if launch.block_k == deepest]
+
+
+def _stem(problem):
+    if problem.access != "image" or conv2d_stem.why_not(problem) is not None:
+        return
+    box = math.prod(conv2d_stem.box_of(problem))
+    for images, filters, warps, stages in STEM[problem.kind]:
+        if 2 * problem.n >= images:
+            if problem.kind == "forward":
+                yield Launch("stem", images, filters, box, warps, stages, programs=1)
+            else:
+                yield Launch("stem", filters, box, images, warps, stages)
 
 
 def _gather(problem):
@@ -227,7 +273,7 @@ def _filling(problem, launch, chip):
     """The launch with as many programs as the chip holds, or with numbers of splits that fill it once, twice, ..."""
     programs = chip.sms * occupancy(problem, launch, chip)
     if problem.kind != "backward_weight":
-        return [dataclasses.replace(launch, programs=programs if launch.family == "images" else 0)]
+        return [dataclasses.replace(launch, programs=programs if launch.family in PERSISTENT else 0)]
     launch = dataclasses.replace(launch, programs=0)
     tiles, steps = _tiles_and_steps(problem, launch)
     slab = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s
@@ -250,6 +296,14 @@ def _tiles_and_steps(problem, launch):
         size = (problem.p, problem.q) if problem.kind == "forward" else (problem.h, problem.w)
         tiles = -(-problem.rows // m) * -(-problem.columns // n) * groups
         return tiles * (1 if problem.is_one_pixel else math.prod(size)), tiles * pairs * -(-problem.depth // k)
+    if launch.family == "stem":
+        pixels = problem.p * problem.q
+        if problem.kind == "backward_weight":
+            blocks = -(-problem.k // m)
+            shifts = len(conv2d_stem.shifts_of(problem.c, problem.stride, problem.padding))
+            return blocks * shifts, blocks * -(-problem.n // k) * pixels
+        tiles = -(-problem.n // m) * -(-problem.k // n) * pixels
+        return tiles, tiles
     rows, columns, depth = _matrix(problem, launch.family, pack)
     tiles = -(-rows // m) * -(-columns // n) * groups
     steps = tiles * -(-depth // k)
@@ -269,7 +323,8 @@ def _step(problem, launch, chip, resident, active):
         active: SMs that work.
     """
     m, n, k, size = launch.block_m, launch.block_n, launch.block_k, problem.itemsize
-    loaded = (m + n) * k * size
+    # the stem's weight stays where it is
+    loaded = (m if launch.family == "stem" and problem.kind == "forward" else m + n) * k * size
     l2 = min(L2_BYTES_PER_CYCLE, chip.l2 * 1e12 / active / chip.hertz)
     cycles = {
         "tensor cores": m * n * k / chip.macs_per_cycle(problem.arithmetic),
@@ -278,7 +333,7 @@ def _step(problem, launch, chip, resident, active):
         # the blocks of the other stages are on their way meanwhile
         "latency": LATENCY / max(1, launch.stages - 1) / resident,
     }
-    if launch.family != "images":
+    if launch.family not in PERSISTENT:
         pieces = loaded / 16 * (1 if _is_wide(problem, launch.pack) else NARROW)
         cycles["addresses"] = pieces * GATHER_INSTRUCTIONS / 128
     return cycles
@@ -313,7 +368,7 @@ def predict(problem, launch, chip):
     end = TILE_END + stored / L2_BYTES_PER_CYCLE
     # a persistent program loads the next tile's blocks while it stores; others begin anew with every round
     rounds = -(-busiest // together)
-    begins = 1 if launch.family == "images" and problem.kind != "backward_weight" else rounds
+    begins = 1 if launch.family in PERSISTENT and problem.kind != "backward_weight" else rounds
     compute = (busiest * per_tile * cycles[limit] + begins * LATENCY + rounds * end) / chip.hertz
     memory = problem.bytes / chip.bytes_per_second
     seconds = START + max(compute, memory)

@@ -4,9 +4,9 @@ import dataclasses
 import math
 
 KINDS = ("forward", "backward_input", "backward_weight")
-FAMILIES = ("images", "gather", "folded", "cudnn")
+FAMILIES = ("images", "stem", "gather", "folded", "cudnn")
 ARITHMETICS = ("16-bit", "tf32", "ieee", "fp64")
-ACCESSES = ("packed", "wide", "narrow")
+ACCESSES = ("packed", "image", "wide", "narrow")
 
 
 def is_one_pixel(r, s, stride, padding):
@@ -33,8 +33,11 @@ class Problem:
     dilation: tuple
     groups: int
     arithmetic: str  # of ARITHMETICS
-    access: str  # "packed": NHWC without gaps, rows of 16 bytes; "wide": 16 bytes at a time; "narrow"
+    # "packed": NHWC without gaps, pixels of 16 bytes; "image": the same but for the input, which has rows of 16 bytes;
+    # "wide": 16 bytes at a time; "narrow"
+    access: str
     fused: bool = False  # something happens on load or on store
+    pending: bool = False  # the input is read through a pending activation
 
     @property
     def is_one_pixel(self):
