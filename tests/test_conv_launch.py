@@ -364,6 +364,16 @@ def test_without_a_gpu_the_prediction_counts(monkeypatch):
     assert choose(conv(), CPU, None, False) == ranked(conv(), H100)[0][1]
 
 
+def test_every_target_of_a_stand_in_driver_has_its_own_choice():
+    import aot
+
+    meta, found = torch.device("meta"), []
+    for target in (80, 90, 80):
+        with aot.launches(target, None):
+            found.append(choose(conv(), meta, None, False).family)
+    assert found == ["gather", "images", "gather"]
+
+
 def test_a_capture_measures_and_compiles_nothing(gpu, caplog):
     gpu.capturing = True
     with caplog.at_level(logging.WARNING, "fastcnn"):

@@ -45,8 +45,8 @@ class Choice:
         return CUDNN if allow_cudnn and self.cudnn_seconds and self.cudnn_seconds < self.seconds else self.launch
 
 
-_chosen = {}  # (device, problem) -> Choice
-_ran = set()  # (device, problem, variant, launch) of our own that were compiled
+_chosen = {}  # (where, problem) -> Choice; see _where
+_ran = set()  # (where, problem, variant, launch) of our own that were compiled
 _tuned = {}  # device -> {Problem: Tuned}
 _forced = []  # of `use`, the innermost last
 _logged = set()
@@ -99,20 +99,26 @@ def choose(problem, device, run, allow_cudnn, variant=()):
         if problem.kind in kinds:
             return _checked(problem, launch, device, allow_cudnn)
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    choice = _chosen.get((device, problem))
+    where = _where(device)
+    choice = _chosen.get((where, problem))
     if choice is None or (allow_cudnn and choice.source == "predicted" and not capturing and _may_measure()):
         if capturing:
             return _while_capturing(problem, allow_cudnn)
-        choice = _chosen[device, problem] = _tuned_choice(problem, device) or _new_choice(
+        choice = _chosen[where, problem] = _tuned_choice(problem, device) or _new_choice(
             problem, device, run, allow_cudnn
         )
     launch = choice.best(allow_cudnn)
-    key = (device, problem, variant, launch)
+    key = (where, problem, variant, launch)
     if launch != CUDNN and key not in _ran:
         if capturing:
             return _while_capturing(problem, allow_cudnn)
         _ran.add(key)
     return launch
+
+
+def _where(device):
+    # a stand-in for Triton's driver may compile for one chip after the other, all for tensors of one device
+    return device if device.type == "cuda" else f"{device}, sm_{chip(device).arch}"
 
 
 def _checked(problem, launch, device, allow_cudnn):
@@ -197,10 +203,10 @@ def measure(calls, repetitions=REPETITIONS):
 def table():
     """Rows of text, the first of them titles, of what this process chose so far; empty if nothing."""
     rows = []
-    for (device, problem), choice in _chosen.items():
+    for (where, problem), choice in _chosen.items():
         cudnn = "-" if choice.cudnn_seconds is None else f"{choice.cudnn_seconds * 1e6:.1f}"
         fastest = "cuDNN" if choice.best(True) == CUDNN else "fastcnn"
         times = (f"{choice.seconds * 1e6:.1f}", cudnn, fastest, choice.source)
-        rows.append((str(problem), str(device), str(choice.launch), *times))
+        rows.append((str(problem), str(where), str(choice.launch), *times))
     titles = ("convolution", "on", "fastcnn's launch", "us", "cuDNN us", "fastest", "times are")
     return [titles, *rows] if rows else []
