@@ -23,6 +23,7 @@ GEOMETRIES = {
     "1x1 stride 2: no tap reaches most pixels": ((2, 5, 7, 8), (6, 5, 1, 1), (2, 2), (0, 0), (1, 1), 1),
     "dilation and stride share a factor": ((2, 3, 13, 9), (4, 3, 3, 3), (2, 4), (3, 3), (2, 2), 1),
     "all unlike": ((2, 3, 13, 9), (4, 3, 2, 3), (2, 3), (1, 2), (3, 1), 1),
+    "one channel": ((2, 1, 9, 8), (5, 1, 5, 4), (1, 2), (2, 1), (1, 1), 1),
     "padding beyond the filter": ((2, 2, 3, 3), (3, 2, 2, 2), (1, 1), (3, 4), (1, 1), 1),
     "groups": ((2, 6, 6, 5), (9, 2, 3, 3), (1, 1), (1, 1), (1, 1), 3),
 }
@@ -254,7 +255,7 @@ def test_groups_of_a_tile_keep_the_weights_strides(lane):
 
 
 @over_families
-@pytest.mark.parametrize("geometry", ("stride 2", "groups"))
+@pytest.mark.parametrize("geometry", ("stride 2", "groups", "all unlike"))
 def test_in_64_bits(lane, geometry, launch, monkeypatch):
     monkeypatch.setattr(conv2d_gather, "needs_int64", lambda *_: True)
     case = Case(GEOMETRIES[geometry], lane.device, fp64, ("relu",))
@@ -290,6 +291,31 @@ def test_padding_meets_no_inf_and_no_nan(lane, launch):
         finite = truth[1].isfinite().flatten(1).all(1)
         assert torch.equal(grad.isfinite().flatten(1).all(1), finite) and finite.any()
         assert_close_to_truth("grad_weight", grad[finite], theirs[1][finite], truth[1][finite], fp32)
+
+
+@pytest.mark.parametrize("channels", (1, 2, 3, 4, 5, 8))
+def test_few_channels_are_copied_only_where_they_cannot_be_read_at_once(lane, channels, monkeypatch):
+    copies = []
+    is_in_vectors = conv2d_gather._is_in_vectors
+    monkeypatch.setattr(
+        conv2d_gather, "_is_in_vectors", lambda *a: is_in_vectors(*a) or copies.append(a[0].data_ptr()) or False
+    )
+    launch = FAMILIES["folded"]
+    for memory_format in (torch.contiguous_format, channels_last):
+        x = torch.randn(2, channels, 5, 6, device=lane.device, dtype=fp64).contiguous(memory_format=memory_format)
+        w = torch.randn(3, channels, 3, 2, device=lane.device, dtype=fp64).contiguous(memory_format=channels_last)
+        how = ((1, 1), (1, 0), (1, 1), 1, "ieee", launch)
+        expected = F.conv2d(x, w, padding=(1, 0))
+        y = torch.empty_like(expected)
+        copies.clear()
+        conv2d_gather.forward(x, w, None, y, *how)
+        torch.testing.assert_close(y, expected)
+        assert (x.data_ptr() in copies) == (channels > 1 and (channels in (3, 5) or x.stride(1) > 1))
+        assert (w.data_ptr() in copies) == (channels in (3, 5))
+        grad = torch.empty_like(w)
+        conv2d_gather.backward_weight(y, x, grad, *how)
+        true = torch.nn.grad.conv2d_weight(x, w.shape, y, padding=(1, 0))
+        torch.testing.assert_close(grad, true)
 
 
 def test_numbers_for_divisions():

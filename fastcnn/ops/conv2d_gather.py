@@ -18,6 +18,8 @@ from fastcnn.ops.conv_sums import accumulator_dtype, shares, sum_pixels, sum_row
 
 BAND = 8  # row tiles that share the column tiles through L2
 COPY_BLOCK = 512
+PAD_BLOCK = 512  # pixels
+VECTOR_CHANNELS = 8
 
 
 def kernel_strides(tensor):
@@ -46,6 +48,49 @@ def _tile(launch):
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
+
+
+def _is_in_vectors(tensor, channels):
+    """Whether the channels of every pixel lie side by side, on addresses that one access of all of them can take."""
+    n, c, h, w = kernel_strides(tensor)
+    whole = all(number % channels == 0 for number in (n, h, w))
+    return tensor.shape[1] == channels and c == 1 and whole and tensor.data_ptr() % 16 == 0
+
+
+def _in_vectors(tensor, channels):
+    """The tensor itself if it lies so, else a copy in channels_last with zeros as further channels."""
+    from fastcnn.kernels.triton.conv2d import pad_channels_kernel
+
+    if _is_in_vectors(tensor, channels):
+        return tensor
+    n, c, h, w = tensor.shape
+    like = dict(dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last)
+    out = torch.empty((n, channels, h, w), **like)
+    pixels = n * h * w
+    pad_channels_kernel[(-(-pixels // PAD_BLOCK),)](
+        *(tensor, out, pixels, c, h, w),
+        *kernel_strides(tensor),
+        INT64=needs_int64(pixels, tensor, out),
+        CHANNELS=channels,
+        BLOCK=PAD_BLOCK,
+    )
+    return out
+
+
+def _folded(launch, groups, c, s, *tensors):
+    """The tensors as the family "folded" reads them (others keep theirs), and its compile-time options.
+
+    Up to 8 channels are read at once: they are copied where they do not lie so. That is a small part of what a first
+    layer moves, and the only way to have its loads asynchronous.
+    """
+    if launch.family != "folded":
+        return *tensors, dict(FOLDED=False, FOLDED_C=0, FOLDED_S=0, VECTOR=1)
+    channels = vector = 1 << (c - 1).bit_length()
+    if groups > 1 or channels > VECTOR_CHANNELS:
+        channels, vector = c, 1
+    elif channels > 1:
+        tensors = (_in_vectors(tensor, channels) for tensor in tensors)
+    return *tensors, dict(FOLDED=True, FOLDED_C=channels, FOLDED_S=s, VECTOR=vector)
 
 
 def _pending_arguments(pending):
@@ -95,16 +140,17 @@ def forward(
         sums = torch.empty((tiles_m, 2, k * groups), dtype=accumulator_dtype(y.dtype), device=y.device)
     vectors, options = _pending_arguments(pending)
     with common.device_guard(input):
+        input, weight, folded = _folded(launch, groups, c, s, input, weight)
         conv2d_forward_kernel[(tiles_m * -(-k // launch.block_n) * groups,)](
             *(input, weight, None if bias is None else bias.contiguous(), y, *vectors),
             *(None if residual is None else common.with_strides_of(residual, y),),
             *(None if pivot is None else pivot.contiguous(), sums),
-            *(pixels, h, w, p, q, c, k, r, s, groups, *_divisor(c), *_divisor(s)),
+            *(pixels, h, w, p, q, c, k, r, s, groups),
             *(*kernel_strides(input), *kernel_strides(weight), *kernel_strides(y)),
             *(*stride, *padding, *dilation),
             ACTIVATION=None if activation is None else activation[0],
             SLOPE=0.0 if activation is None else activation[1],
-            FOLDED=launch.family == "folded",
+            **folded,
             PRECISION=precision,
             INT64=needs_int64(pixels, input, weight, y),
             BAND=BAND,
@@ -182,8 +228,11 @@ def backward_weight(
     (n, _, p, q), (_, _, h, w), (k, c, r, s) = grad_output.shape, input.shape, grad_weight.shape
     k //= groups
     pixels = n * p * q
-    folded = launch.family == "folded"
-    columns = -(-c * r * s // launch.block_n) if folded else -(-c // launch.block_n) * r * s
+    with common.device_guard(input):
+        input, folded = _folded(launch, groups, c, s, input)
+    columns = -(-c // launch.block_n) * r * s
+    if launch.family == "folded":
+        columns = -(-folded["FOLDED_C"] * r * s // launch.block_n)
     tiles = -(-k // launch.block_m) * columns * groups
     splits, share = _split(pixels, tiles, launch)
     out = grad_weight
@@ -198,7 +247,7 @@ def backward_weight(
             *(*_divisor(p * q), *_divisor(q), grad_weight.numel()),
             *(*kernel_strides(grad_output), *kernel_strides(input), *kernel_strides(grad_weight)),
             *(*stride, *padding, *dilation),
-            FOLDED=folded,
+            **folded,
             PRECISION=precision,
             INT64=needs_int64(pixels, grad_output, input, grad_weight),
             **options,

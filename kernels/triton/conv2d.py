@@ -65,12 +65,7 @@ def channel_vector(pointer, channels, count):
     return tl.load(pointer + channels, mask=channels < count, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w",
-        "channel_multiplier", "channel_shift", "column_multiplier", "column_shift",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w"])
 def conv2d_forward_kernel(
     x_ptr,
     w_ptr,
@@ -91,10 +86,6 @@ def conv2d_forward_kernel(
     R,
     S,
     G,
-    channel_multiplier,  # for j // C and tap // S
-    channel_shift,
-    column_multiplier,
-    column_shift,
     stride_xn,
     stride_xc,
     stride_xh,
@@ -118,6 +109,9 @@ def conv2d_forward_kernel(
     ACTIVATION: tl.constexpr,
     SLOPE: tl.constexpr,
     FOLDED: tl.constexpr,
+    FOLDED_C: tl.constexpr,  # channels of a tap in x and, forward, w: C, or those and zeros
+    FOLDED_S: tl.constexpr,
+    VECTOR: tl.constexpr,  # they lie side by side, and this many elements apart from others
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -151,45 +145,42 @@ def conv2d_forward_kernel(
     # rows past the end are sent out of the image: the padding's mask covers them
     h0 = tl.where(m < M, h0, H).to(tl.int32)
     w0 = w0.to(tl.int32)
-    x_rows = (x_ptr + g * C * stride_xc) + x_rows[:, None]  # [BLOCK_M, 1]
+    x_group = x_ptr + g * C * stride_xc
     w_group = w_ptr + g * K * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if FOLDED:
-        w_rows = w_group + (k * stride_wk)[:, None]  # [BLOCK_N, 1]
-        for j0 in range(0, R * S * C, BLOCK_K):
-            j = j0 + tl.arange(0, BLOCK_K)
-            tap = divide(j, channel_multiplier, channel_shift)
-            r = divide(tap, column_multiplier, column_shift)
-            s = tap - r * S
-            channels = j - tap * C
-            if INT64:
-                r = r.to(tl.int64)
-                s = s.to(tl.int64)
-                channels = channels.to(tl.int64)
-            real = j < R * S * C
+        # inline: the compiler forgets what it was told inside a function
+        x_group = x_ptr + tl.multiple_of(g * C, VECTOR) * stride_xc
+        w_group = w_ptr + tl.multiple_of(g * K * stride_wk, VECTOR)
+        x_rows = tl.multiple_of(x_rows, VECTOR)
+        w_rows = tl.multiple_of(k * stride_wk, VECTOR)
+        for j0 in range(0, R * FOLDED_S * FOLDED_C, BLOCK_K):
+            j = j0 + c
+            channels = j % FOLDED_C
+            r = j // FOLDED_C // FOLDED_S
+            s = j // FOLDED_C % FOLDED_S
+            real = j < R * FOLDED_S * FOLDED_C
             h_shift = r * dil_h
             w_shift = s * dil_w
             h = h0[:, None] + h_shift.to(tl.int32)[None, :]
             inside = within(h, w0[:, None] + w_shift.to(tl.int32)[None, :], H, W) & real[None, :]
+            x_columns = channels * stride_xc + tl.multiple_of(h_shift * stride_xh + w_shift * stride_xw, VECTOR)
             x_block = tl.load(  # [BLOCK_M, BLOCK_K]
-                x_rows + (channels * stride_xc + h_shift * stride_xh + w_shift * stride_xw)[None, :],
-                mask=inside,
-                other=0.0,
+                x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
             )
             # as rows, so that the threads that hold x's columns hold those of w
+            w_columns = channels * stride_wc + tl.multiple_of(r * stride_wr + s * stride_ws, VECTOR)
             w_block = tl.load(  # [BLOCK_N, BLOCK_K]
-                w_rows + (channels * stride_wc + r * stride_wr + s * stride_ws)[None, :],
-                mask=(k < K)[:, None] & real[None, :],
-                other=0.0,
+                w_group + (w_rows[:, None] + w_columns[None, :]), mask=(k < K)[:, None] & real[None, :], other=0.0
             )
             if PENDING is not None:
-                scale = tl.load(scale_ptr + g * C + channels)
-                shift = tl.load(shift_ptr + g * C + channels)
+                scale = channel_vector(scale_ptr + g * C, channels, C)
+                shift = channel_vector(shift_ptr + g * C, channels, C)
                 z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, tl.trans(w_block), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
-        x_rows += (c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
+        x_block_ptr = x_group + x_rows[:, None] + (c * stride_xc)[None, :]  # [BLOCK_M, BLOCK_K]
         w_block_ptr = w_group + (k * stride_wk)[None, :] + (c * stride_wc)[:, None]  # [BLOCK_K, BLOCK_N]
         r = tl.zeros((), tl.int32)
         s = tl.zeros((), tl.int32)
@@ -201,7 +192,7 @@ def conv2d_forward_kernel(
             real = c0 + c < C
             tap = c.dtype
             x_block = tl.load(  # [BLOCK_M, BLOCK_K]
-                x_rows + (h_shift.to(tap) * stride_xh + w_shift.to(tap) * stride_xw + c0.to(tap) * stride_xc),
+                x_block_ptr + (h_shift.to(tap) * stride_xh + w_shift.to(tap) * stride_xw + c0.to(tap) * stride_xc),
                 mask=inside[:, None] & real[None, :],
                 other=0.0,
             )
@@ -514,6 +505,9 @@ def conv2d_backward_weight_kernel(
     PENDING: tl.constexpr,
     PENDING_SLOPE: tl.constexpr,
     FOLDED: tl.constexpr,
+    FOLDED_C: tl.constexpr,  # channels of a tap in x and, forward, w: C, or those and zeros
+    FOLDED_S: tl.constexpr,
+    VECTOR: tl.constexpr,  # they lie side by side, and this many elements apart from others
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -527,15 +521,15 @@ def conv2d_backward_weight_kernel(
     tiles_m = tl.cdiv(K, BLOCK_M)
     # the taps of one tile run side by side: they read the same dy and nearly the same x
     if FOLDED:
-        tiles_n = tl.cdiv(R * S * C, BLOCK_N)
+        tiles_n = tl.cdiv(R * FOLDED_S * FOLDED_C, BLOCK_N)
         j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
         pid = pid // tiles_n
         k = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
         pid = pid // tiles_m
-        c = j % C
-        r = j // C // S
-        s = j // C % S
-        real = j < R * S * C
+        c = j % FOLDED_C
+        r = j // FOLDED_C // FOLDED_S
+        s = j // FOLDED_C % FOLDED_S
+        real = j < R * FOLDED_S * FOLDED_C
     else:
         tap = pid % (R * S)
         r = tap // S
@@ -561,7 +555,12 @@ def conv2d_backward_weight_kernel(
         g = g.to(tl.int64)
         split = split.to(tl.int64)
         M = M.to(tl.int64)
-    x_columns = g * C * stride_xc + c * stride_xc + h_shift.to(c.dtype) * stride_xh + w_shift.to(c.dtype) * stride_xw
+    x_columns = h_shift.to(c.dtype) * stride_xh + w_shift.to(c.dtype) * stride_xw
+    x_group = x_ptr + g * C * stride_xc
+    if FOLDED:
+        x_columns = tl.multiple_of(x_columns, VECTOR)
+        x_group = x_ptr + tl.multiple_of(g * C, VECTOR) * stride_xc
+    x_columns += c * stride_xc
     dy_filters = g * K * stride_yk + k * stride_yk
     if d1_ptr is not None:
         d1 = channel_vector(d1_ptr + g * K, k, K)[:, None]
@@ -597,7 +596,11 @@ def conv2d_backward_weight_kernel(
         dy_mask = (k < K)[:, None] & inside_y[None, :]
         dy_block = tl.load(dy_ptr + dy_offsets, mask=dy_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         x_rows = n * stride_xn + p * stride_h * stride_xh + q * stride_w * stride_xw
-        x_block = tl.load(x_ptr + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0)  # [BLOCK_K, BLOCK_N]
+        if FOLDED:
+            x_rows = tl.multiple_of(x_rows, VECTOR)
+        x_block = tl.load(  # [BLOCK_K, BLOCK_N]
+            x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
+        )
         if d1_ptr is not None:
             y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
             value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
@@ -611,9 +614,8 @@ def conv2d_backward_weight_kernel(
         acc = tl.dot(dy_block, x_block, acc, input_precision=PRECISION, out_dtype=ACC)
     dw_rows = dw_ptr + split * stride_split + (g * K + k) * stride_wk
     dw_columns = r * stride_wr + s * stride_ws + c * stride_wc
-    tl.store(
-        dw_rows[:, None] + dw_columns[None, :], acc.to(dw_ptr.dtype.element_ty), mask=(k < K)[:, None] & real[None, :]
-    )
+    stored = (k < K)[:, None] & (real & (c < C))[None, :]
+    tl.store(dw_rows[:, None] + dw_columns[None, :], acc.to(dw_ptr.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["M", "P", "Q", "share"])
@@ -734,3 +736,31 @@ def contract_groups_kernel(
     inside = i < numel
     values = tl.load(packed_ptr + (i // C * PACK + k // K % PACK) * C + c, mask=inside, other=0.0)
     tl.store(dw_ptr + k * stride_wk + c * stride_wc + r * stride_wr + s * stride_ws, values, mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "C", "P", "Q"])
+def pad_channels_kernel(
+    x_ptr,
+    out_ptr,
+    pixels,
+    C,
+    P,
+    Q,
+    stride_xn,
+    stride_xc,
+    stride_xp,
+    stride_xq,
+    INT64: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # one program copies BLOCK pixels to [pixels, CHANNELS], with zeros past the C channels that there are
+    m = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    c = tl.arange(0, CHANNELS)
+    if INT64:
+        m = m.to(tl.int64)
+        c = c.to(tl.int64)
+    rows = m // (P * Q) * stride_xn + m % (P * Q) // Q * stride_xp + m % Q * stride_xq
+    mask = (m < pixels)[:, None]
+    x = tl.load(x_ptr + rows[:, None] + (c * stride_xc)[None, :], mask=mask & (c < C)[None, :], other=0.0)
+    tl.store(out_ptr + (m * CHANNELS)[:, None] + c[None, :], x, mask=mask)
