@@ -90,7 +90,7 @@ def forward(
             None if residual is None else out(residual),
             *(None if vector is None else vector.contiguous() for vector in (bias, pivot)),
             sums,
-            *(n, p, q, c, k, s * c, *stride, *padding),
+            *(n, p, q, c, k, r, s * c, *stride, *padding),
             HAS_BIAS=bias is not None,
             HAS_ADD=residual is not None,
             ACTIVATION=activation[0] if activation else "none",

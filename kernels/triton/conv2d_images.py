@@ -4,10 +4,11 @@ For one output pixel, a convolution is a sum of plain matrix products over its t
 
     y[:, p, q] = sum over r, s of x[:, h, w] @ weight[:, r, s].T        [images, K] = [images, C] @ [C, K]
 
-and everything a gather has to compute per row (the shift into the image, the mask of the padding) is one scalar here. So
-tiles are copied by the tensor memory accelerator as in a matrix product, taps in the padding are not computed at all,
-and stride and dilation cost nothing. A convolution with one tap and one pixel per "image" is a matrix product: 1x1
-filters of stride 1 come here with N * H * W images. Needs NHWC memory without gaps, a batch that fills a tile, sm_90.
+and everything a gather has to compute per row (the shift into the image, the mask of the padding) is one scalar here.
+So tiles are copied by the tensor memory accelerator as in a matrix product, taps in the padding are not computed at
+all, and stride and dilation cost nothing. A convolution with one tap and one pixel per "image" is a matrix product:
+1x1 filters of stride 1 come here with N * H * W images. Needs NHWC memory without gaps, a batch that fills a tile,
+sm_90.
 
 The first kernel is forward and gradient of the input: a table says, per pixel, where its taps start and how many there
 are. It is persistent: while one tile is stored, the next one's blocks are on their way. The pipeliner only sees that

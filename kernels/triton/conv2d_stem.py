@@ -1,9 +1,10 @@
 """The first convolution of a network, with one to four channels: forward and gradient of the weight.
 
-With so few channels a tap is too short for a tensor core. But in NHWC memory a row of the window under the filter is one
-run of S * C elements, and the whole window of one pixel, of many images, is one box that the tensor memory accelerator
-copies: [images, rows, run]. So a tile is one pixel of BLOCK_M images, as in conv2d_images.py, its reduction is a single
-step of ROWS * RUN elements, both powers of two, and the padding is what the box finds outside the tensor: zero.
+With so few channels a tap is too short for a tensor core. But in NHWC memory a row of the window under the filter is
+one run of S * C elements, and the whole window of one pixel, of many images, is one box that the tensor memory
+accelerator copies: [images, rows, run]. So a tile is one pixel of BLOCK_M images, as in conv2d_images.py, its
+reduction is a single step of ROWS * RUN elements, both powers of two, and the padding is what the box finds outside
+the tensor: zero.
 
 A box must start on 16 bytes, but a window may start anywhere. So the box starts up to 7 elements before it, and the
 weight is laid out likewise, [K, ROWS * RUN] with zeros beside the filter, once for each shift that occurs. Columns
@@ -44,6 +45,7 @@ def conv2d_stem_kernel(
     Q,
     C,
     K,
+    R,
     run,  # S * C, elements of a row of the window
     stride_h,
     stride_w,
@@ -70,8 +72,9 @@ def conv2d_stem_kernel(
     weight = weight_desc.load([shift_class * K + first_k, 0]).T  # [ROWS * RUN, BLOCK_N], kept for all tiles
     # elements of the box beside the filter meet zeros of the weight, but Inf or NaN times zero would be NaN
     _, shift = window_start(shift_class, stride_w, pad_w, C)
-    element = tl.arange(0, ROWS * RUN) % RUN
-    under_filter = ((element >= shift) & (element < shift + run))[None, :]
+    element = tl.arange(0, ROWS * RUN)
+    run_start = element // RUN * RUN + shift
+    under_filter = ((element >= run_start) & (element < run_start + run) & (element < R * RUN))[None, :]
     per_row = columns_of_class(shift_class, Q, SHIFTS)
     tiles = tl.where(shift_class < Q, tl.cdiv(N, BLOCK_M) * P * per_row, 0)
     for tile in range(pid // (tiles_n * SHIFTS), tiles, tl.num_programs(0) // (tiles_n * SHIFTS)):

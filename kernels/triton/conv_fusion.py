@@ -1,8 +1,8 @@
 """What the convolution kernels do to a block on its way in or out: compile-time options, nothing where they are off.
 
-In: a pending activation z = act(x * scale + shift), per channel, and the correction dy + d1 + 2 * d2 * (y - pivot), which
-is how the gradients of the sums of y and of y^2 join the gradient of y. Out: sums per channel, and the gradient of a pending
-activation. The formulas work on fp32 (fp64 for fp64).
+In: a pending activation z = act(x * scale + shift), per channel, and the correction dy + d1 + 2 * d2 * (y - pivot),
+which is how the gradients of the sums of y and of y^2 join the gradient of y. Out: sums per channel, and the gradient
+of a pending activation. The formulas work on fp32 (fp64 for fp64).
 """
 
 import triton
