@@ -45,9 +45,10 @@ aot-update: install
 bench: install
 	$(BIN)/fastcnn bench $(or $(ARGS),--quick)
 
-# tables and plots of benchmarks/results, and the blocks of both README files
+# tables and plots of benchmarks/results, the blocks of both README files, and the page of predictions
 results: install
 	$(BIN)/python -m fastcnn.benchmarks.report
+	$(BIN)/python -m fastcnn.benchmarks.predict
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -81,7 +81,7 @@ def test_shortlist_has_every_family_and_no_tile_twice():
     (problem,) = {
         t.problem for t in some_tasks(torch.bfloat16, n=64) if t.problem.kind == "forward" and t.problem.c == 3
     }
-    assert {launch.family for _, launch in tune.shortlist(problem, H100, 1)} == {"gather", "folded"}
+    assert {launch.family for _, launch in tune.shortlist(problem, H100, 1)} == {"gather", "folded", "stem"}
     problem = dataclasses.replace(problem, kind="backward_weight", n=256, c=256, access="packed")
     found = [launch for _, launch in tune.shortlist(problem, H100)]
     tiles = [dataclasses.replace(launch, splits=1) for launch in found]
@@ -256,6 +256,7 @@ def test_mistakes_are_one_line(capsys, argv, message):
     assert message in captured.err and captured.err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_padding_that_differs_at_the_far_side_is_not_cudnn_s(fake):
     class Same(nn.Module):
         def __init__(self):

@@ -2,8 +2,8 @@
 
 The model counts tiles, what a step of a tile's reduction moves and multiplies, and how many tiles an SM works on at
 the same time. A step takes as long as the slowest of tensor cores, shared memory, L2 and latency; the kernel as long as
-its steps or as its bytes, whichever is more. Numbers of the chips: chips.py. What is assumed here stands in the
-constants below.
+its steps or as its bytes, whichever is more, and a little of the other. Numbers of the chips: chips.py. What is assumed
+here stands in the constants below.
 """
 
 import dataclasses
@@ -47,6 +47,7 @@ TILE_END = 500
 GATHER_INSTRUCTIONS = 10
 NARROW = 8  # times more of them, without 16 bytes at a time
 START = 2e-6  # seconds from one kernel's end to the next one's first step
+EXPOSED = 0.1  # share of the shorter of compute and memory that the longer one does not hide
 OTHER_REGISTERS = 64  # of a thread beside its accumulators, in a tile that is in no table
 
 
@@ -370,13 +371,13 @@ def predict(problem, launch, chip):
     rounds = -(-busiest // together)
     begins = 1 if launch.family in PERSISTENT and problem.kind != "backward_weight" else rounds
     compute = (busiest * per_tile * cycles[limit] + begins * LATENCY + rounds * end) / chip.hertz
-    memory = problem.bytes / chip.bytes_per_second
-    seconds = START + max(compute, memory)
+    memory, after = problem.bytes / chip.bytes_per_second, 0.0
     if launch.splits > 1:
         # slabs are written, and read by a second kernel
         slabs = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s * launch.splits
+        after = START + slabs / chip.bytes_per_second
         memory += slabs / chip.bytes_per_second
-        seconds = 2 * START + max(compute, memory) + slabs / chip.bytes_per_second
+    seconds = START + max(compute, memory) + EXPOSED * min(compute, memory) + after
     limit = "memory" if memory > compute else limit
     return Prediction(seconds, tiles, resident, tiles / (chip.sms * resident), compute, memory, limit)
 
@@ -384,8 +385,7 @@ def predict(problem, launch, chip):
 def ranked(problem, chip):
     """[(Prediction, Launch)] of all candidates, the fastest first."""
     found = [(predict(problem, launch, chip), launch) for launch in candidates(problem, chip)]
-    # where memory is the limit, the tile that leaves it most room
-    return sorted(found, key=lambda pair: (pair[0].seconds, pair[0].compute))
+    return sorted(found, key=lambda pair: pair[0].seconds)
 
 
 def roofline(problem, chip):

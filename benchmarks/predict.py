@@ -1,0 +1,117 @@
+"""ResNet-50's convolutions on an H100: what our launches are predicted to take, and beside it what was measured.
+
+    make results        (python -m fastcnn.benchmarks.predict)
+
+The page benchmarks/results/resnet50-convolutions-predicted.md is made here from the shapes of shapes.json, the model of
+fastcnn/ops/conv_prediction.py and the result rows of such a GPU, once there are any; a test fails when it differs.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+
+from fastcnn import tune
+from fastcnn.benchmarks import shapes
+from fastcnn.benchmarks.rows import newest, read_rows
+from fastcnn.ops.chips import CHIPS, SUSTAINED
+from fastcnn.ops.conv_prediction import ranked, roofline
+from fastcnn.ops.conv_problem import KINDS
+
+NETWORK, GPU, BATCH, DTYPE = "resnet50", "h100-sxm", 256, torch.bfloat16
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = f"{NETWORK}-convolutions-predicted.md"
+# what rows call the passes
+PASSES = dict(zip(KINDS, ("forward", "grad_input", "grad_weight"), strict=True))
+NOT_MEASURED = "**Not yet measured on a GPU**: every launch below carries the mark *predicted*."
+
+
+def layers():
+    """[(layer of shapes.json, {kind: Problem})] of every distinct convolution of the network."""
+    found = []
+    for layer in shapes.read()[NETWORK]:
+        if layer["op"] != "conv2d":
+            continue
+        (c, *_), (k, *_) = layer["input"], layer["output"]
+        geometry = *(tuple(layer[name]) for name in ("stride", "padding", "dilation")), layer["groups"]
+        sizes = (BATCH, *layer["input"]), (k, c // layer["groups"], *layer["kernel"]), (BATCH, *layer["output"])
+        tasks = tune.tasks([tune.Layer(*sizes, *geometry, "conv", KINDS)], DTYPE, "channels_last")
+        found.append((layer, {task.problem.kind: task.problem for task in tasks}))
+    return found
+
+
+def measured(rows):
+    """{(case, pass): (microseconds of fastcnn, of cuDNN or None)} of one run each, on this GPU, dtype and batch."""
+    wanted = ("conv2d", str(DTYPE).removeprefix("torch."), "channels_last", BATCH, "ok", False)
+    fields = ("op", "dtype", "layout", "batch", "status", "graph")
+    rows = [row for row in rows if CHIPS[GPU].device in row["device"] and tuple(map(row.get, fields)) == wanted]
+    cudnn = {(row["case"], row["pass"], row["run"]): row["ms"] * 1e3 for row in rows if row["provider"] == "torch-nhwc"}
+    return {
+        (row["case"], row["pass"]): (row["ms"] * 1e3, cudnn.get((row["case"], row["pass"], row["run"])))
+        for row in newest(rows)
+        if row["provider"] == "fastcnn"
+    }
+
+
+def page(rows):
+    """The text of the page.
+
+    Args:
+        rows: of the result files, as `read_rows` gives them.
+    """
+    chip, times = CHIPS[GPU], measured(rows)
+    lines, ratios, step = [], [], 0.0
+    for layer, problems in layers():
+        for kind, problem in problems.items():
+            prediction, launch = ranked(problem, chip)[0]
+            asked = layer["input_grad"] or kind != "backward_input"
+            step += prediction.seconds * layer["count"] * asked
+            case = f"{NETWORK}.{layer['name']}", PASSES[kind]
+            own, cudnn = times.get(case, (None, None))
+            if cudnn:
+                ratios.append(cudnn / own)
+            numbers = (prediction.seconds * 1e6, roofline(problem, chip) * 1e6, own, cudnn)
+            shape = str(problem).removeprefix(f"{kind} ").split(f", {problem.arithmetic}")[0]
+            cells = [shape, str(layer["count"]), PASSES[kind], f"{launch}", f"{prediction.waves:.2f}", prediction.limit]
+            lines.append(cells + ["–" if number is None else f"{number:.0f}" for number in numbers])
+            lines[-1].append(f"{cudnn / own:.2f}×" if cudnn else "–")
+    head = ["shape", "layers", "pass", "fastcnn's launch", "waves", "limit", "predicted µs", "roofline µs"]
+    head += ["measured µs", "cuDNN µs", "cuDNN / fastcnn"]
+    table = [head, ["---"] * 6 + ["---:"] * 5, *lines]
+    words = NOT_MEASURED
+    if ratios:
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        words = (
+            f"Measured: {len(ratios)} of {len(lines)} passes, geometric mean of cuDNN / fastcnn {mean:.2f}×, lowest "
+            f"{min(ratios):.2f}×. The rest is *predicted*."
+        )
+    return "\n".join(
+        [
+            f"# {NETWORK}'s convolutions on {GPU}, bfloat16, channels_last, batch {BATCH}",
+            "",
+            words,
+            "",
+            "The launch is the one that is taken without tuning. The prediction is of "
+            f"`fastcnn/ops/conv_prediction.py`: waves of tiles over {chip.sms} SMs, steps as long as the slowest of "
+            "tensor cores, shared memory, L2 and latency, at least the time of the bytes of every tensor once; `limit` "
+            "says which it was. The constants there say what is assumed. Roofline: "
+            f"{chip.tensor_16 * SUSTAINED['arithmetic']:.0f} TFLOP/s and {chip.bytes_per_second / 1e12:.1f} TB/s, both "
+            "measured on one H100; products with the zeros of the padding are not counted. cuDNN: PyTorch in "
+            "channels_last with benchmark=True. Training asks for no grad_input of the first layer.",
+            "",
+            f"All convolutions of a training step, predicted: {step * 1e3:.1f} ms.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    )
+
+
+def main(folder=RESULTS):
+    """Write the page into a folder of result files."""
+    (folder / PAGE).write_text(page(read_rows(folder)))
+    print(f"{folder.parent.name}/{folder.name}/{PAGE}")
+
+
+if __name__ == "__main__":
+    main()
