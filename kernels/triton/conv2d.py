@@ -603,8 +603,8 @@ def conv2d_backward_weight_kernel(
         )
         if d1_ptr is not None:
             y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
-            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
-            dy_block = tl.where(inside_y[None, :], value, 0.0).to(dy_block.dtype)
+            # not zero where dy was masked, but there x is
+            dy_block = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot).to(dy_block.dtype)
         if PENDING is not None:
             z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING)
             if FOLDED:
