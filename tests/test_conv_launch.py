@@ -1,5 +1,6 @@
 """Choosing a launch: which candidates there are, what they are predicted to take, what is measured, kept and forced."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -59,13 +60,20 @@ def gpu(monkeypatch):
         times = {"images": 2 * SECONDS, "gather": 3 * SECONDS, "cudnn": SECONDS}
         ran = []
         measurements = 0
+        current = []  # devices that were made the current one
+
+        @contextlib.contextmanager
+        def device(self, device):
+            self.current.append(device)
+            yield
+            self.current.pop()
 
         def run(self, launch):
             assert not self.capturing
             self.ran.append(launch)
 
         def measure(self, calls, repetitions=5):
-            assert not self.capturing
+            assert not self.capturing and self.current == [CUDA]
             self.measurements += 1
             self.ran = []
             for call in calls:
@@ -75,6 +83,7 @@ def gpu(monkeypatch):
     found = Gpu()
     monkeypatch.setattr(conv_launch, "measure", found.measure)
     monkeypatch.setattr(conv_launch, "chip", lambda device: H100)
+    monkeypatch.setattr(torch.cuda, "device", found.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     return found

@@ -170,7 +170,8 @@ def _new_choice(problem, device, run, allow_cudnn):
     prediction, launch = found[0]
     if not (allow_cudnn and _may_measure()):
         return Choice(launch, prediction.seconds, None, "predicted")
-    own, cudnn = measure([lambda: run(launch), lambda: run(CUDNN)])
+    with torch.cuda.device(device):
+        own, cudnn = measure([lambda: run(launch), lambda: run(CUDNN)])
     return Choice(launch, own, cudnn, "measured")
 
 

@@ -223,8 +223,8 @@ def _stem(problem):
 
 def _gather(problem):
     weight = problem.kind == "backward_weight"
-    folds = problem.c // problem.groups <= FOLDED_CHANNELS and problem.kind != "backward_input" and problem.r > 1
-    for family in ("gather", "folded") if folds and problem.groups == 1 else ("gather",):
+    folds = problem.groups == 1 and problem.c <= FOLDED_CHANNELS and problem.kind != "backward_input"
+    for family in ("gather", "folded") if folds and problem.r * problem.s > 1 else ("gather",):
         for pack in _packs(problem) if family == "gather" else (1,):
             access = "wide" if _is_wide(problem, pack) else "narrow"
             for m, n, k, warps, stages in GATHER[problem.arithmetic, access]:
