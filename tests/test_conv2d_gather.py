@@ -200,6 +200,20 @@ def test_backward_weight_in_bf16_with_everything(lane, geometry, launch):
     assert_close_to_truth("grad_weight", grad, theirs, truth, bf16)
 
 
+def test_both_halves_of_a_tiles_columns(lane):
+    # options work on tiles of at least 64 columns in two halves
+    case = Case(((2, 70, 4, 5), (72, 70, 1, 2), (1, 1), (0, 0), (1, 1), 1), lane.device, fp64, ("relu",))
+    launch = Launch("gather", 32, 64, 32, 4, 2)
+    y, sums = case.forward(launch, case.b, pending=case.pending, residual=case.residual, pivot=case.pivot)
+    expected = case.conv(case.pending.reference(case.x), case.w, case.b) + case.residual
+    torch.testing.assert_close(y, expected)
+    d = expected - case.pivot.view(1, -1, 1, 1)
+    torch.testing.assert_close(sums, torch.stack([d.sum((0, 2, 3)), d.square().sum((0, 2, 3))]))
+    grad, sums = case.backward_input(launch, pending=case.pending, add=case.add)
+    truth = case.gradients(fp64, pending=case.pending)
+    torch.testing.assert_close((grad, *sums), (truth[0] + case.add, *truth[2:]))
+
+
 def test_operands_of_an_option_may_lie_in_another_order(lane):
     case = Case(GEOMETRIES["stride 2"], lane.device, fp64, ("relu",))
     launch, used = FAMILIES["gather"], dict(correction=case.correction, pending=case.pending)
