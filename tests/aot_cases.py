@@ -15,9 +15,12 @@ from fastcnn.ops import adaptive_avg_pool2d as adaptive
 from fastcnn.ops import avg_pool2d as avg
 from fastcnn.ops import batch_norm as bn
 from fastcnn.ops import conv2d as conv
+from fastcnn.ops import conv_launch
 from fastcnn.ops import cross_entropy as ce
 from fastcnn.ops import dropout as drop
 from fastcnn.ops import max_pool2d as maxpool
+from fastcnn.ops.conv_fusion import Correction, Pending
+from fastcnn.ops.conv_tiles import TILES
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -243,6 +246,89 @@ def conv2d():
             yield f"{name} {channels}", case(64, channels, channels, 28, 3, dtype, **how)
 
 
+def _passes(x, w, stride=1, activation="relu", fused=True):
+    """{kind: call} of the three passes, with everything they can do on load and on store or without."""
+    (_, c, *_), (k, _, r, _) = x.shape, w.shape
+    size = [(x.shape[d] + r // 2 * 2 - r) // stride + 1 for d in (2, 3)]
+    geometry = ([stride] * 2, [r // 2] * 2, [1] * 2, 1)
+    y = t(x.shape[0], k, *size, dtype=x.dtype)
+    if not fused:
+        return {
+            "forward": lambda: conv.conv2d_forward(x, w, None, size, *geometry, True, "conv", "triton"),
+            "backward_input": lambda: conv.conv2d_backward_input(
+                y, w, None, x.shape[2:], *geometry, True, "conv", "triton"
+            ),
+            "backward_weight": lambda: conv.conv2d_backward_weight(y, x, w, *geometry, "conv", "triton"),
+        }
+    vector = lambda channels: t(channels, dtype=fp64 if x.dtype == fp64 else fp32)
+    # an image is read as it is
+    pending = Pending(vector(c), vector(c), activation) if c > 4 else None
+    correction = Correction(y, vector(k), vector(k), vector(k))
+    forward = dict(pending=pending, activation=("silu", 0.0), residual=y, pivot=vector(k))
+    back = dict(correction=correction, pending=pending, input=x if pending else None, add=x)
+    return {
+        "forward": lambda: conv.conv2d_forward(
+            x, w, t(k, dtype=x.dtype), size, *geometry, True, "conv", "triton", **forward
+        ),
+        "backward_input": lambda: conv.conv2d_backward_input(
+            y, w, None, x.shape[2:], *geometry, True, "conv", "triton", **back
+        ),
+        "backward_weight": lambda: conv.conv2d_backward_weight(
+            y, x, w, *geometry, "conv", "triton", correction=correction, pending=pending
+        ),
+    }
+
+
+def conv2d_fused():
+    def case(n, c, k, size, kernel, dtype=bf16, allow_tf32=False, **how):
+        calls = _passes(t(n, c, size, size, dtype=dtype), t(k, c, kernel, kernel, dtype=dtype), **how)
+
+        def call():
+            with tf32(allow_tf32):
+                for kind in ("forward", "backward_weight") + ("backward_input",) * (c > 4):
+                    calls[kind]()
+
+        return call
+
+    yield "resnet50 stem", case(256, 3, 64, 224, 7, stride=2)
+    yield "resnet50 3x3, 64", case(256, 64, 64, 56, 3)
+    yield "resnet50 3x3 stride 2, 128", case(256, 128, 128, 56, 3, stride=2)
+    yield "resnet50 3x3, 512", case(256, 512, 512, 7, 3)
+    yield "resnet50 1x1, 64 to 256", case(256, 64, 256, 56, 1)
+    yield "resnet50 1x1, 2048 to 512", case(256, 2048, 512, 7, 1)
+    yield "densenet121 128 to 32", case(64, 128, 32, 28, 3)
+    yield "mobilenetv2 1x1, 24 to 144", case(256, 24, 144, 56, 1, activation="relu6")
+    yield "efficientnet 1x1, 96 to 24", case(256, 96, 24, 56, 1, activation="silu")
+    yield "small batch", case(8, 256, 256, 28, 3, fp16)
+    for name, dtype, allow in (("ieee", fp32, False), ("tf32", fp32, True), ("fp64", fp64, False)):
+        yield name, case(64, 64, 64, 28, 3, dtype, allow)
+
+
+def conv2d_tiles():
+    """Every tile of conv_tiles.TILES in the shape that fills it, plain and with everything on load and on store."""
+
+    def case(launch, kind, dtype, chips):
+        x, w = t(256, 256, 28, 28, dtype=dtype), t(256, 256, 3, 3, dtype=dtype)
+
+        def call():
+            from triton.runtime.driver import driver
+
+            compiled = chips.get(driver.active.get_current_target().arch, (None, None))
+            with tf32(True), conv_launch.use(launch):
+                for fused, numbers in enumerate(compiled):
+                    if numbers:
+                        _passes(x, w, fused=fused)[kind]()
+
+        return call
+
+    for (family, kind, arithmetic, _), tiles in TILES.items():
+        for tile, chips in tiles.items():
+            how = dict(splits=4) if kind == "backward_weight" else dict(programs=132)
+            launch = conv_launch.Launch(family, *tile, **how)
+            name = f"{family} {kind} {'x'.join(map(str, tile[:3]))}, {tile[3]} warps, {tile[4]} stages, {arithmetic}"
+            yield name, case(launch, kind, fp32 if arithmetic == "tf32" else bf16, chips)
+
+
 def conv_transpose2d():
     def case(n, c, k, size, kernel, dtype=bf16, channels_last=True, **how):
         # c: channels of the larger image
@@ -326,6 +412,8 @@ CASES = {
     "avg_pool2d": avg_pool2d,
     "batch_norm": batch_norm,
     "conv2d": conv2d,
+    "conv2d_fused": conv2d_fused,
+    "conv2d_tiles": conv2d_tiles,
     "conv_transpose2d": conv_transpose2d,
     "cross_entropy": cross_entropy,
     "dropout": dropout,

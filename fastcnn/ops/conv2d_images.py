@@ -39,7 +39,7 @@ def _taps_table(outputs, inputs, taps, stride, padding, dilation, backward, devi
     """(table [5, output pixels] int32 as the kernel wants it, (step_r, step_s, tap_r, tap_s)).
 
     Pixels with many taps come first, so that the last tiles to be computed are short ones. A pixel without taps gets
-    one that lies beyond the input and beyond the weight, where both are read as zero.
+    one that lies before the input and beyond the weight, where both are read as zero.
     """
     rows, step_h, tap_h = _axis_taps(outputs[0], inputs[0], taps[0], stride[0], padding[0], dilation[0], backward)
     columns, step_w, tap_w = _axis_taps(outputs[1], inputs[1], taps[1], stride[1], padding[1], dilation[1], backward)
@@ -50,7 +50,7 @@ def _taps_table(outputs, inputs, taps, stride, padding, dilation, backward, devi
     table += [(rows + 0 * per_row).flatten(), (0 * rows + per_row).flatten()]
     table = torch.stack(table)
     empty = table[3] * table[4] == 0
-    beyond = torch.tensor([inputs[0] * inputs[1], taps[0] * taps[1], 1, 1])
+    beyond = torch.tensor([-1, taps[0] * taps[1], 1, 1])
     table[1:, empty] = beyond[:, None]
     order = (table[3] * table[4]).argsort(descending=True, stable=True)
     table = table[:, order].to(torch.int32).contiguous().to(device, non_blocking=True)

@@ -39,6 +39,8 @@ def sum_pixels(image, out):
     n, c, h, w = image.shape
     block_m, block_n = TILE
     pixels = n * h * w
+    # strides of sizes of one mean nothing: zero lets the compiler see that rows are aligned
+    strides = [0 if image.shape[d] == 1 and d != 1 else image.stride(d) for d in range(4)]
     tiles = -(-c // block_n)
     count, share = shares(pixels, tiles, block_m)
     part = out
@@ -46,7 +48,7 @@ def sum_pixels(image, out):
         part = torch.empty((count, c), dtype=accumulator_dtype(image.dtype), device=image.device)
     conv2d_backward_bias_kernel[(tiles * count,)](
         *(image, part, pixels, h, w, c, share),
-        *image.stride(),
+        *strides,
         INT64=common.exceeds_int32(image) or pixels >= 2**31 - 2**20,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

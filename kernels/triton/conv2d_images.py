@@ -140,16 +140,17 @@ def conv2d_images_kernel(
         first_x = (x_pixel + i * step_r + j * step_s) * (C * G) + group * C + c
         this_tap = tap + i * tap_r + j * tap_s
         x = x_desc.load([image, first_x])  # [BLOCK_M, BLOCK_K]
+        # what no tap reaches stays zero, where a transform could make Inf of it: the weight is zero there, too
+        channel = c + tl.arange(0, BLOCK_K)
+        read = (channel < C) & (x_pixel >= 0)
         if PENDING is not None and not BACKWARD:
-            channel = c + tl.arange(0, BLOCK_K)
-            scale = tl.load(scale_ptr + group * C + channel, mask=channel < C, other=0.0)
-            shift = tl.load(shift_ptr + group * C + channel, mask=channel < C, other=0.0)
+            scale = tl.load(scale_ptr + group * C + channel, mask=read, other=0.0)
+            shift = tl.load(shift_ptr + group * C + channel, mask=read, other=0.0)
             x = pending_activation(x.to(tl.float32), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING).to(x.dtype)
         if CORRECTED:
-            channel = c + tl.arange(0, BLOCK_K)
-            d1 = tl.load(d1_ptr + group * C + channel, mask=channel < C, other=0.0)
-            d2 = tl.load(d2_ptr + group * C + channel, mask=channel < C, other=0.0)
-            pivot = tl.load(pivot_ptr + group * C + channel, mask=channel < C, other=0.0)
+            d1 = tl.load(d1_ptr + group * C + channel, mask=read, other=0.0)
+            d2 = tl.load(d2_ptr + group * C + channel, mask=read, other=0.0)
+            pivot = tl.load(pivot_ptr + group * C + channel, mask=read, other=0.0)
             other = corrected_desc.load([image, first_x]).to(tl.float32)
             x = corrected(x.to(tl.float32), other, d1[None, :], d2[None, :], pivot[None, :]).to(x.dtype)
         if BACKWARD:
@@ -302,13 +303,14 @@ def conv2d_images_backward_weight_kernel(
         y_pixel = (first_p + p) * Q + first_q + q
         x = x_desc.load([image, x_pixel * (C * G) + g * C + first_c])  # [BLOCK_K, BLOCK_M]
         dy = dy_desc.load([image, y_pixel * (K * G) + g * K + first_k])  # [BLOCK_K, BLOCK_N]
+        # rows past the batch are zero, where a transform could make Inf of them
+        valid = ((image + tl.arange(0, BLOCK_K)) < N)[:, None]
         if PENDING is not None:
             z = pending_activation(x.to(tl.float32), scale, shift, PENDING_SLOPE, PENDING)
-            valid = ((image + tl.arange(0, BLOCK_K)) < N)[:, None]
             x = tl.where(valid, z, 0.0).to(x.dtype)
         if CORRECTED:
             other = corrected_desc.load([image, y_pixel * (K * G) + g * K + first_k]).to(tl.float32)
-            dy = corrected(dy.to(tl.float32), other, d1, d2, pivot).to(dy.dtype)
+            dy = tl.where(valid, corrected(dy.to(tl.float32), other, d1, d2, pivot), 0.0).to(dy.dtype)
         acc = tl.dot(x.T, dy, acc, input_precision=PRECISION, out_dtype=tl.float32)
         q += 1
         next_row = q >= per_row

@@ -155,7 +155,9 @@ def conv2d_stem_backward_weight_kernel(
         x = x_desc.load([image, p * stride_h - pad_h, start - shift])
         if CORRECTED:
             other = corrected_desc.load([image, (p * Q + q) * K + first_k]).T.to(tl.float32)
-            dy = corrected(dy.to(tl.float32), other, d1, d2, pivot).to(dy.dtype)
+            # rows past the batch are zero, where the correction could make Inf of them
+            valid = ((image + tl.arange(0, BLOCK_K)) < N)[None, :]
+            dy = tl.where(valid, corrected(dy.to(tl.float32), other, d1, d2, pivot), 0.0).to(dy.dtype)
         acc = tl.dot(dy, x.reshape(BLOCK_K, ROWS * RUN), acc, out_dtype=tl.float32)
     # 64 bits: many slabs reach far
     pointers = (
