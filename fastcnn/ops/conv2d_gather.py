@@ -1,7 +1,8 @@
 """The families "gather" and "folded": implicit GEMM through pointers, for every chip, layout, dtype and geometry.
 
 Host functions of kernels/triton/conv2d.py. Outputs are the caller's; a conv_launch.Launch says the tile. "folded" is
-for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to a block. The
+for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to a block. In the
+gradient of the weight it also pays where a block holds several taps' channels: grad_output is read once for them. The
 gradient of the input has no such form ("folded" runs as "gather"): its short axis is the output's.
 
 In "gather", padding meets neither Inf nor NaN of input or grad_output. A folded gradient of the weight multiplies
@@ -51,19 +52,18 @@ def _tile(launch):
 
 
 def _is_in_vectors(tensor, channels):
-    """Whether the channels of every pixel lie side by side, on addresses that one access of all of them can take."""
+    """Whether the channels of a pixel lie side by side, and pixels on multiples of so many elements."""
     n, c, h, w = kernel_strides(tensor)
-    whole = all(number % channels == 0 for number in (n, h, w))
-    return tensor.shape[1] == channels and c == 1 and whole and tensor.data_ptr() % 16 == 0
+    return c == 1 and all(number % channels == 0 for number in (n, h, w)) and tensor.data_ptr() % 16 == 0
 
 
 def _in_vectors(tensor, channels):
     """The tensor itself if it lies so, else a copy in channels_last with zeros as further channels."""
     from fastcnn.kernels.triton.conv2d import pad_channels_kernel
 
-    if _is_in_vectors(tensor, channels):
-        return tensor
     n, c, h, w = tensor.shape
+    if c == channels and _is_in_vectors(tensor, channels):
+        return tensor
     like = dict(dtype=tensor.dtype, device=tensor.device, memory_format=torch.channels_last)
     out = torch.empty((n, channels, h, w), **like)
     pixels = n * h * w
@@ -85,11 +85,12 @@ def _folded(launch, groups, c, s, *tensors):
     """
     if launch.family != "folded":
         return *tensors, dict(FOLDED=False, FOLDED_C=0, FOLDED_S=0, VECTOR=1)
-    channels = vector = 1 << (c - 1).bit_length()
-    if groups > 1 or channels > VECTOR_CHANNELS:
-        channels, vector = c, 1
-    elif channels > 1:
-        tensors = (_in_vectors(tensor, channels) for tensor in tensors)
+    tensors, channels, vector = list(tensors), c, 1
+    if groups == 1 and 1 < c <= VECTOR_CHANNELS:
+        channels = vector = 1 << (c - 1).bit_length()
+        tensors = [_in_vectors(tensor, channels) for tensor in tensors]
+    elif groups == 1 and c % 16 == 0 and all(_is_in_vectors(tensor, 16) for tensor in tensors):
+        vector = 16
     return *tensors, dict(FOLDED=True, FOLDED_C=channels, FOLDED_S=s, VECTOR=vector)
 
 
