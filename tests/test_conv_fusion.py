@@ -61,6 +61,10 @@ CASES = {
         "backward_input": ((3, 19, 5, 4), (21, 19, 2, 3), WINDOW, fp32, GATHER),
         "backward_weight": ((3, 19, 5, 4), (21, 19, 2, 3), WINDOW, fp32, Launch("gather", 32, 16, 16, 4, 2, splits=2)),
     },
+    "gather, two halves": {
+        "forward": ((3, 19, 3, 4), (70, 19, 2, 3), WINDOW, fp32, Launch("gather", 32, 64, 16, 4, 2)),
+        "backward_input": ((3, 70, 3, 4), (19, 70, 2, 3), WINDOW, fp32, Launch("gather", 32, 64, 16, 4, 2)),
+    },
     "folded": {
         "forward": ((3, 3, 5, 6), (21, 3, 3, 3), WINDOW, fp32, Launch("folded", 32, 16, 16, 4, 2)),
         "backward_weight": ((3, 3, 5, 6), (21, 3, 3, 3), WINDOW, fp32, Launch("folded", 16, 16, 16, 4, 2, splits=2)),

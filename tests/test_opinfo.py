@@ -1,7 +1,7 @@
 """PyTorch's own samples of our ops (torch.testing._internal): values, gradients, side effects, strides, errors agree.
 
 On CPU every op runs under backend "cpu" (our kernels where they exist) and "auto". In the interpreter the Triton
-kernels run all samples but those of max_pool2d, of which every seventh runs.
+kernels run all samples but those of max_pool2d, of which every seventh runs; convolutions in both families that take any tensor.
 """
 
 import os
@@ -14,6 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 import fastcnn
 import fastcnn.functional as F
 from fastcnn.backends import OPS
+from fastcnn.ops import conv_launch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = {
@@ -100,6 +101,11 @@ def run(function, sample, layout):
 @pytest.mark.parametrize("layout", (plain, channels_last, every_second), ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", INFOS)
 def test_samples_agree(name, layout, backend):
+    check_samples(name, layout, backend)
+
+
+def check_samples(name, layout, backend):
+    """Our function and torch's agree on the samples, in values, strides, gradients and side effects."""
     info, ours = INFOS[name], getattr(F, name)
     samples = list(info.sample_inputs("cpu", torch.float32, requires_grad=True))[:: EVERY.get(name, 1)]
     with fastcnn.backend(backend):
@@ -150,6 +156,23 @@ def test_errors_agree(name, backend):
 
 
 if INTERPRET:
+
+    @pytest.mark.interpret
+    @pytest.mark.parametrize("family", ("gather", "folded"))
+    @pytest.mark.parametrize("name", ("conv2d", "conv_transpose2d"))
+    def test_samples_agree_in_a_family(name, family, monkeypatch):
+        """Whatever is predicted to be faster. No sample has the whole rows of memory that images and stem need."""
+        ranked, families = conv_launch.ranked, set()
+
+        def preferred(problem, chip):
+            found = sorted(ranked(problem, chip), key=lambda pair: pair[1].family != family)
+            families.add(found[0][1].family)
+            return found
+
+        monkeypatch.setattr(conv_launch, "ranked", preferred)
+        monkeypatch.setattr(conv_launch, "_chosen", {})
+        check_samples(name, channels_last, "triton")
+        assert family in families
 
     @pytest.mark.interpret
     @pytest.mark.parametrize("name", INFOS)
