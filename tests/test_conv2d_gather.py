@@ -236,6 +236,35 @@ def integers(*shape, device, dtype=bf16):
 
 
 @over_families
+@pytest.mark.parametrize("c, k, groups", ((24, 40, 1), (48, 16, 2)))
+def test_vectors_that_the_compiler_does_not_see_are_exact_on_integers(lane, launch, c, k, groups):
+    x, w = integers(2, c, 4, 5, device=lane.device), integers(k, c // groups, 3, 2, device=lane.device)
+    grad_output = integers(2, k, 4, 4, device=lane.device)
+    assert conv2d_gather._vector(c // groups, k // groups, x, w, grad_output) == 8
+    inputs = [t.double().requires_grad_() for t in (x, w)]
+    y = F.conv2d(*inputs, padding=(1, 0), groups=groups)
+    truth = (y, *torch.autograd.grad(y, inputs, grad_output.double()))
+    ours = [torch.empty_like(t) for t in (grad_output, x, w)]
+    how = ((1, 1), (1, 0), (1, 1), groups, "ieee", launch)
+    conv2d_gather.forward(x, w, None, ours[0], *how)
+    conv2d_gather.backward_input(grad_output, w, None, ours[1], *how)
+    conv2d_gather.backward_weight(grad_output, x, ours[2], *how)
+    for our, true in zip(ours, truth, strict=True):
+        assert torch.equal(our, true.to(bf16))
+
+
+def test_vectors_are_stated_where_the_compiler_does_not_see_them():
+    image = lambda c, dtype=bf16, **how: torch.empty(2, c, 3, 3, dtype=dtype, device="meta").contiguous(**how)
+    vector = lambda *images: conv2d_gather._vector(images[0].shape[1], images[-1].shape[1], *images)
+    nhwc = dict(memory_format=channels_last)
+    assert vector(image(24, **nhwc), image(40, **nhwc)) == 8
+    assert vector(image(24, fp32, **nhwc), image(20, fp32, **nhwc)) == 4
+    assert vector(image(64, **nhwc), image(32, **nhwc)) == 1  # it does see multiples of 16
+    for narrow in (image(20, **nhwc), image(24), image(32, **nhwc)[:, 1:25], image(20, **nhwc)[:, :16]):
+        assert vector(image(24, **nhwc), narrow) == vector(narrow, image(24, **nhwc)) == 1
+
+
+@over_families
 @pytest.mark.parametrize("pack", (1, 2, 4))
 def test_groups_of_a_tile_are_exact_on_integers(lane, launch, pack):
     groups, geometry = 4, ((1, 1), (1, 1), (1, 1))

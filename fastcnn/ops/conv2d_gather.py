@@ -29,11 +29,27 @@ def kernel_strides(tensor):
     return n, c if tensor.shape[1] != 1 else 1, h, w
 
 
-def is_wide(tensor):
-    """Whether the compiler knows that loads along dimension 1 are aligned to 16 bytes: it looks for multiples of 16."""
+def _is_in_vectors(tensor, elements):
+    """Whether channels lie side by side, and pixels on multiples of so many elements."""
     n, c, h, w = kernel_strides(tensor)
-    divisible = all(number % 16 == 0 for number in (n, h, w, tensor.data_ptr()))
-    return c == 1 and divisible
+    return c == 1 and all(number % elements == 0 for number in (n, h, w)) and tensor.data_ptr() % 16 == 0
+
+
+def is_wide(tensor):
+    """Whether loads along dimension 1 can take 16 bytes at once."""
+    return _is_in_vectors(tensor, 16 // tensor.element_size())
+
+
+def _vector(c, k, *tensors):
+    """Elements that loads of all these tensors may take at once, where the compiler does not see it by itself, else 1.
+
+    It looks for multiples of 16 among strides and channels c and k; 16 bytes are fewer elements.
+    """
+    elements = 16 // tensors[0].element_size()
+    for number in (16, elements):
+        if c % number == k % number == 0 and all(_is_in_vectors(tensor, number) for tensor in tensors):
+            return elements if number < 16 else 1
+    return 1
 
 
 def needs_int64(pixels, *tensors):
@@ -49,12 +65,6 @@ def _tile(launch):
         num_warps=launch.warps,
         num_stages=launch.stages,
     )
-
-
-def _is_in_vectors(tensor, channels):
-    """Whether the channels of a pixel lie side by side, and pixels on multiples of so many elements."""
-    n, c, h, w = kernel_strides(tensor)
-    return c == 1 and all(number % channels == 0 for number in (n, h, w)) and tensor.data_ptr() % 16 == 0
 
 
 def _in_vectors(tensor, channels):
@@ -77,20 +87,20 @@ def _in_vectors(tensor, channels):
     return out
 
 
-def _folded(launch, groups, c, s, *tensors):
-    """The tensors as the family "folded" reads them (others keep theirs), and its compile-time options.
+def _folded(launch, groups, c, s, vector, *tensors):
+    """The tensors as the family "folded" reads them, others keep theirs (and vector), and the compile-time options.
 
     Up to 8 channels are read at once: they are copied where they do not lie so. That is a small part of what a first
     layer moves, and the only way to have its loads asynchronous.
     """
     if launch.family != "folded":
-        return *tensors, dict(FOLDED=False, FOLDED_C=0, FOLDED_S=0, VECTOR=1)
-    tensors, channels, vector = list(tensors), c, 1
+        return *tensors, dict(FOLDED=False, FOLDED_C=0, FOLDED_S=0, VECTOR=vector)
+    tensors, channels = list(tensors), c
     if groups == 1 and 1 < c <= VECTOR_CHANNELS:
         channels = vector = 1 << (c - 1).bit_length()
         tensors = [_in_vectors(tensor, channels) for tensor in tensors]
-    elif groups == 1 and c % 16 == 0 and all(_is_in_vectors(tensor, 16) for tensor in tensors):
-        vector = 16
+    else:
+        vector = _vector(c, 0, *tensors) if groups == 1 else 1
     return *tensors, dict(FOLDED=True, FOLDED_C=channels, FOLDED_S=s, VECTOR=vector)
 
 
@@ -141,7 +151,8 @@ def forward(
         sums = torch.empty((tiles_m, 2, k * groups), dtype=accumulator_dtype(y.dtype), device=y.device)
     vectors, options = _pending_arguments(pending)
     with common.device_guard(input):
-        input, weight, folded = _folded(launch, groups, c, s, input, weight)
+        vector = _vector(c, k, input, weight, y)
+        input, weight, folded = _folded(launch, groups, c, s, vector, input, weight)
         conv2d_forward_kernel[(tiles_m * -(-k // launch.block_n) * groups,)](
             *(input, weight, None if bias is None else bias.contiguous(), y, *vectors),
             *(None if residual is None else common.with_strides_of(residual, y),),
@@ -195,6 +206,7 @@ def backward_input(
             *(pixels, h, w, p, q, c, k, r, s, groups),
             *(*kernel_strides(grad_output), *kernel_strides(weight), *kernel_strides(grad_input)),
             *(*stride, *padding, *dilation, *map(math.gcd, stride, dilation)),
+            VECTOR=_vector(c, k, grad_output, weight, grad_input),
             PRECISION=precision,
             INT64=needs_int64(pixels, grad_output, weight, grad_input),
             BAND=BAND,
@@ -230,7 +242,8 @@ def backward_weight(
     k //= groups
     pixels = n * p * q
     with common.device_guard(input):
-        input, folded = _folded(launch, groups, c, s, input)
+        vector = _vector(c, k, grad_output, input)
+        input, folded = _folded(launch, groups, c, s, vector, input)
     columns = -(-c // launch.block_n) * r * s
     if launch.family == "folded":
         columns = -(-folded["FOLDED_C"] * r * s // launch.block_n)

@@ -60,6 +60,12 @@ def divide(m, multiplier, shift):
 
 
 @triton.jit
+def multiples(a, b, c, VECTOR: tl.constexpr):
+    """The same three numbers, multiples of VECTOR in a form that tells the compiler. Of 16 it knows by itself."""
+    return a // VECTOR * VECTOR, b // VECTOR * VECTOR, c // VECTOR * VECTOR
+
+
+@triton.jit
 def channel_vector(pointer, channels, count):
     """Per-channel numbers of an option; zero past the end."""
     return tl.load(pointer + channels, mask=channels < count, other=0.0)
@@ -111,7 +117,7 @@ def conv2d_forward_kernel(
     FOLDED: tl.constexpr,
     FOLDED_C: tl.constexpr,  # channels of a tap in x and, forward, w: C, or those and zeros
     FOLDED_S: tl.constexpr,
-    VECTOR: tl.constexpr,  # they lie side by side, and this many elements apart from others
+    VECTOR: tl.constexpr,  # elements that loads may take at once, if the compiler does not see it by itself
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -120,6 +126,12 @@ def conv2d_forward_kernel(
     BAND: tl.constexpr,
 ):
     # one program computes BLOCK_M output pixels x BLOCK_N filters of one group
+    if VECTOR > 1:
+        stride_xn, stride_xh, stride_xw = multiples(stride_xn, stride_xh, stride_xw, VECTOR)
+        stride_wk, stride_wr, stride_ws = multiples(stride_wk, stride_wr, stride_ws, VECTOR)
+        if not FOLDED:
+            stride_yn, stride_yp, stride_yq = multiples(stride_yn, stride_yp, stride_yq, VECTOR)
+            C, K, _ = multiples(C, K, 0, VECTOR)
     ACC: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     if INT64:
         M = M.to(tl.int64)
@@ -149,11 +161,8 @@ def conv2d_forward_kernel(
     w_group = w_ptr + g * K * stride_wk
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
     if FOLDED:
-        # inline: the compiler forgets what it was told inside a function
-        x_group = x_ptr + tl.multiple_of(g * C, VECTOR) * stride_xc
-        w_group = w_ptr + tl.multiple_of(g * K * stride_wk, VECTOR)
-        x_rows = tl.multiple_of(x_rows, VECTOR)
-        w_rows = tl.multiple_of(k * stride_wk, VECTOR)
+        x_group = x_ptr + (g * C // VECTOR * VECTOR) * stride_xc  # vectors are for one group: g is 0
+        w_rows = k * stride_wk
         for j0 in range(0, R * FOLDED_S * FOLDED_C, BLOCK_K):
             j = j0 + c
             channels = j % FOLDED_C
@@ -164,12 +173,12 @@ def conv2d_forward_kernel(
             w_shift = s * dil_w
             h = h0[:, None] + h_shift.to(tl.int32)[None, :]
             inside = within(h, w0[:, None] + w_shift.to(tl.int32)[None, :], H, W) & real[None, :]
-            x_columns = channels * stride_xc + tl.multiple_of(h_shift * stride_xh + w_shift * stride_xw, VECTOR)
+            x_columns = channels * stride_xc + h_shift * stride_xh + w_shift * stride_xw
             x_block = tl.load(  # [BLOCK_M, BLOCK_K]
                 x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
             )
             # as rows, so that the threads that hold x's columns hold those of w
-            w_columns = channels * stride_wc + tl.multiple_of(r * stride_wr + s * stride_ws, VECTOR)
+            w_columns = channels * stride_wc + r * stride_wr + s * stride_ws
             w_block = tl.load(  # [BLOCK_N, BLOCK_K]
                 w_group + (w_rows[:, None] + w_columns[None, :]), mask=(k < K)[:, None] & real[None, :], other=0.0
             )
@@ -308,6 +317,7 @@ def conv2d_backward_input_kernel(
     gcd_w,
     PENDING: tl.constexpr,
     PENDING_SLOPE: tl.constexpr,
+    VECTOR: tl.constexpr,  # elements that loads may take at once, if the compiler does not see it by itself
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -318,6 +328,11 @@ def conv2d_backward_input_kernel(
     # one program computes BLOCK_M input pixels of one parity class (h % stride_h, w % stride_w) x BLOCK_N channels of a
     # group. A tap reaches all pixels of a class or none; a class no tap reaches gets its zeros (or bias) here, too.
     # The bias belongs to the transposed convolution, whose forward this is
+    if VECTOR > 1:
+        stride_yn, stride_yp, stride_yq = multiples(stride_yn, stride_yp, stride_yq, VECTOR)
+        stride_wk, stride_wr, stride_ws = multiples(stride_wk, stride_wr, stride_ws, VECTOR)
+        stride_xn, stride_xh, stride_xw = multiples(stride_xn, stride_xh, stride_xw, VECTOR)
+        C, K, _ = multiples(C, K, 0, VECTOR)
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     if INT64:
         M = M.to(tl.int64)
@@ -507,7 +522,7 @@ def conv2d_backward_weight_kernel(
     FOLDED: tl.constexpr,
     FOLDED_C: tl.constexpr,  # channels of a tap in x and, forward, w: C, or those and zeros
     FOLDED_S: tl.constexpr,
-    VECTOR: tl.constexpr,  # they lie side by side, and this many elements apart from others
+    VECTOR: tl.constexpr,  # elements that loads may take at once, if the compiler does not see it by itself
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -516,6 +531,11 @@ def conv2d_backward_weight_kernel(
 ):
     # one program computes BLOCK_M filters x BLOCK_N channels of one tap of a group (FOLDED: x BLOCK_N pairs of tap and
     # channel), summed over its share of the pixels. dw is the gradient itself, or a slab per share for sum_slabs_kernel
+    if VECTOR > 1:
+        stride_xn, stride_xh, stride_xw = multiples(stride_xn, stride_xh, stride_xw, VECTOR)
+        if not FOLDED:
+            stride_yn, stride_yp, stride_yq = multiples(stride_yn, stride_yp, stride_yq, VECTOR)
+            C, K, _ = multiples(C, K, 0, VECTOR)
     ACC: tl.constexpr = tl.float64 if dy_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(K, BLOCK_M)
@@ -558,8 +578,7 @@ def conv2d_backward_weight_kernel(
     x_columns = h_shift.to(c.dtype) * stride_xh + w_shift.to(c.dtype) * stride_xw
     x_group = x_ptr + g * C * stride_xc
     if FOLDED:
-        x_columns = tl.multiple_of(x_columns, VECTOR)
-        x_group = x_ptr + tl.multiple_of(g * C, VECTOR) * stride_xc
+        x_group = x_ptr + (g * C // VECTOR * VECTOR) * stride_xc  # vectors are for one group: g is 0
     x_columns += c * stride_xc
     dy_filters = g * K * stride_yk + k * stride_yk
     if d1_ptr is not None:
@@ -596,8 +615,6 @@ def conv2d_backward_weight_kernel(
         dy_mask = (k < K)[:, None] & inside_y[None, :]
         dy_block = tl.load(dy_ptr + dy_offsets, mask=dy_mask, other=0.0)  # [BLOCK_M, BLOCK_K]
         x_rows = n * stride_xn + p * stride_h * stride_xh + q * stride_w * stride_xw
-        if FOLDED:
-            x_rows = tl.multiple_of(x_rows, VECTOR)
         x_block = tl.load(  # [BLOCK_K, BLOCK_N]
             x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
         )
