@@ -1,7 +1,8 @@
 """PyTorch's own samples of our ops (torch.testing._internal): values, gradients, side effects, strides, errors agree.
 
 On CPU every op runs under backend "cpu" (our kernels where they exist) and "auto". In the interpreter the Triton
-kernels run all samples but those of max_pool2d, of which every seventh runs; convolutions in both families that take any tensor.
+kernels run all samples but those of max_pool2d, of which every seventh runs; those of convolution once more in each of
+the families that take any tensor.
 """
 
 import os
