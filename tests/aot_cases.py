@@ -5,6 +5,7 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 """
 
 import contextlib
+import dataclasses
 from unittest import mock
 
 import torch
@@ -15,12 +16,11 @@ from fastcnn.ops import adaptive_avg_pool2d as adaptive
 from fastcnn.ops import avg_pool2d as avg
 from fastcnn.ops import batch_norm as bn
 from fastcnn.ops import conv2d as conv
-from fastcnn.ops import conv_launch
+from fastcnn.ops import conv_launch, conv_tiles
 from fastcnn.ops import cross_entropy as ce
 from fastcnn.ops import dropout as drop
 from fastcnn.ops import max_pool2d as maxpool
 from fastcnn.ops.conv_fusion import Correction, Pending
-from fastcnn.ops.conv_tiles import TILES
 
 bf16, fp16, fp32, fp64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -251,12 +251,13 @@ def _passes(x, w, stride=1, activation="relu", fused=True):
     (_, c, *_), (k, _, r, _) = x.shape, w.shape
     size = [(x.shape[d] + r // 2 * 2 - r) // stride + 1 for d in (2, 3)]
     geometry = ([stride] * 2, [r // 2] * 2, [1] * 2, 1)
-    y = t(x.shape[0], k, *size, dtype=x.dtype)
+    channels_last = x.stride(1) == 1
+    y = t(x.shape[0], k, *size, dtype=x.dtype, channels_last=channels_last)
     if not fused:
         return {
-            "forward": lambda: conv.conv2d_forward(x, w, None, size, *geometry, True, "conv", "triton"),
+            "forward": lambda: conv.conv2d_forward(x, w, None, size, *geometry, channels_last, "conv", "triton"),
             "backward_input": lambda: conv.conv2d_backward_input(
-                y, w, None, x.shape[2:], *geometry, True, "conv", "triton"
+                y, w, None, x.shape[2:], *geometry, channels_last, "conv", "triton"
             ),
             "backward_weight": lambda: conv.conv2d_backward_weight(y, x, w, *geometry, "conv", "triton"),
         }
@@ -268,10 +269,10 @@ def _passes(x, w, stride=1, activation="relu", fused=True):
     back = dict(correction=correction, pending=pending, input=x if pending else None, add=x)
     return {
         "forward": lambda: conv.conv2d_forward(
-            x, w, t(k, dtype=x.dtype), size, *geometry, True, "conv", "triton", **forward
+            x, w, t(k, dtype=x.dtype), size, *geometry, channels_last, "conv", "triton", **forward
         ),
         "backward_input": lambda: conv.conv2d_backward_input(
-            y, w, None, x.shape[2:], *geometry, True, "conv", "triton", **back
+            y, w, None, x.shape[2:], *geometry, channels_last, "conv", "triton", **back
         ),
         "backward_weight": lambda: conv.conv2d_backward_weight(
             y, x, w, *geometry, "conv", "triton", correction=correction, pending=pending
@@ -305,28 +306,38 @@ def conv2d_fused():
 
 
 def conv2d_tiles():
-    """Every tile of conv_tiles.TILES in the shape that fills it, plain and with everything on load and on store."""
+    """Every tile of the convolutions in a shape that fills it, plain and with everything on load and on store."""
 
-    def case(launch, kind, dtype, chips):
-        x, w = t(256, 256, 28, 28, dtype=dtype), t(256, 256, 3, 3, dtype=dtype)
-
+    def case(launch, x, w, arithmetic, kinds, chips=None):
         def call():
             from triton.runtime.driver import driver
 
-            compiled = chips.get(driver.active.get_current_target().arch, (None, None))
-            with tf32(True), conv_launch.use(launch):
-                for fused, numbers in enumerate(compiled):
-                    if numbers:
-                        _passes(x, w, fused=fused)[kind]()
+            # a gathering tile in other arithmetic is compiled with everything on for the layers of conv2d_fused only
+            compiled = (True, arithmetic == "16-bit")
+            if chips is not None:
+                compiled = chips.get(driver.active.get_current_target().arch, ())
+            for kind in kinds:
+                how = dict(splits=4) if kind == "backward_weight" else dict(programs=132)
+                with tf32(arithmetic == "tf32"), conv_launch.use(dataclasses.replace(launch, **how)):
+                    for fused, numbers in enumerate(compiled):
+                        if numbers:
+                            _passes(x, w, fused=fused)[kind]()
 
         return call
 
-    for (family, kind, arithmetic, _), tiles in TILES.items():
+    for (family, kind, arithmetic, access), tiles in conv_tiles.TILES.items():
+        dtype = {"16-bit": bf16, "fp64": fp64}.get(arithmetic, fp32)
+        wide = access != "narrow"
+        if family == "folded":
+            c = 4 if wide else 1
+            x, w, stride = t(64, c, 224, 224, dtype=dtype), t(64, c, 7, 7, dtype=dtype), 2
+        else:
+            c = 256 if wide else 250
+            x = t(256 if family == "images" else 64, c, 28, 28, dtype=dtype, channels_last=wide)
+            w, stride = t(c, c, 3, 3, dtype=dtype, channels_last=wide), 1
         for tile, chips in tiles.items():
-            how = dict(splits=4) if kind == "backward_weight" else dict(programs=132)
-            launch = conv_launch.Launch(family, *tile, **how)
-            name = f"{family} {kind} {'x'.join(map(str, tile[:3]))}, {tile[3]} warps, {tile[4]} stages, {arithmetic}"
-            yield name, case(launch, kind, fp32 if arithmetic == "tf32" else bf16, chips)
+            launch = conv_launch.Launch(family, *tile)
+            yield f"{kind}, {launch}, {arithmetic}, {access}", case(launch, x, w, kind, stride, chips, arithmetic)
 
 
 def conv_transpose2d():

@@ -410,7 +410,8 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         groups: divides C and K.
 
     Returns:
-        [N, K, P, Q] or [K, P, Q]; channels_last if input or weight is.
+        [N, K, P, Q] or [K, P, Q]; channels_last if input or weight is. NaN and Inf stay under the filters that read
+        them, except that groups of few channels share tiles: there they may reach other groups at the same pixel.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
