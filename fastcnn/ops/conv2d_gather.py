@@ -1,9 +1,9 @@
 """The families "gather" and "folded": implicit GEMM through pointers, for every chip, layout, dtype and geometry.
 
-Host functions of kernels/triton/conv2d.py. Outputs are the caller's; a conv_launch.Launch says the tile. "folded" is
-for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to a block. In the
-gradient of the weight it also pays where a block holds several taps' channels: grad_output is read once for them. The
-gradient of the input has no such form ("folded" runs as "gather"): its short axis is the output's.
+Host functions of kernels/triton/conv2d.py and conv_layout.py. Outputs are the caller's; a conv_launch.Launch says the
+tile. "folded" is for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to a
+block. In the gradient of the weight it also pays where a block holds several taps' channels: grad_output is read once
+for them. The gradient of the input has no such form ("folded" runs as "gather"): its short axis is the output's.
 
 In "gather", padding meets neither Inf nor NaN of input or grad_output. A folded gradient of the weight multiplies
 grad_output with the zeros of the padding: a filter whose grad_output holds Inf or NaN, and whose gradient therefore is
@@ -69,7 +69,7 @@ def _tile(launch):
 
 def _in_vectors(tensor, channels):
     """The tensor itself if it lies so, else a copy in channels_last with zeros as further channels."""
-    from fastcnn.kernels.triton.conv2d import pad_channels_kernel
+    from fastcnn.kernels.triton.conv_layout import pad_channels_kernel
 
     n, c, h, w = tensor.shape
     if c == channels and _is_in_vectors(tensor, channels):
@@ -280,7 +280,7 @@ def backward_bias(grad_output, grad_bias):
 
 def expand_groups(weight, groups, pack):
     """The weight as [K, pack * C/groups, R, S] for groups / pack, channels_last: blocks on the diagonal, else zero."""
-    from fastcnn.kernels.triton.conv2d import expand_groups_kernel
+    from fastcnn.kernels.triton.conv_layout import expand_groups_kernel
 
     k, c, r, s = weight.shape
     shape = (k, pack * c, r, s)
@@ -297,7 +297,7 @@ def expand_groups(weight, groups, pack):
 
 def contract_groups(packed_grad, grad_weight, groups, pack):
     """grad_weight = the diagonal blocks of the expanded weight's gradient, which is in channels_last."""
-    from fastcnn.kernels.triton.conv2d import contract_groups_kernel
+    from fastcnn.kernels.triton.conv_layout import contract_groups_kernel
 
     k, c, r, s = grad_weight.shape
     with common.device_guard(grad_weight):

@@ -25,7 +25,7 @@ def shares(rows, tiles, block):
 
 def sum_slabs(slabs, out):
     """out = the sum of the slabs, which lie in out's memory order."""
-    from fastcnn.kernels.triton.conv2d import sum_slabs_kernel
+    from fastcnn.kernels.triton.conv_sums import sum_slabs_kernel
 
     numel = out.numel()
     int64 = common.exceeds_int32(slabs)
@@ -34,7 +34,7 @@ def sum_slabs(slabs, out):
 
 def sum_pixels(image, out):
     """out [C] = the sum of image [N, C, H, W], any strides, over everything but the channels."""
-    from fastcnn.kernels.triton.conv2d import conv2d_backward_bias_kernel
+    from fastcnn.kernels.triton.conv_sums import conv2d_backward_bias_kernel
 
     n, c, h, w = image.shape
     block_m, block_n = TILE
