@@ -1,8 +1,8 @@
 """The families "gather" and "folded": implicit GEMM through pointers, for every chip, layout, dtype and geometry.
 
 Host functions of kernels/triton/conv2d.py and conv_layout.py. Outputs are the caller's; a conv_launch.Launch says the
-tile. "folded" is for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to a
-block. In the gradient of the weight it also pays where a block holds several taps' channels: grad_output is read once
+tile. "folded" is for few channels: taps and channels are one axis of the GEMM, so that no tap's channels are padded to
+a block. In the gradient of the weight it also pays where a block holds several taps' channels: grad_output is read once
 for them. The gradient of the input has no such form ("folded" runs as "gather"): its short axis is the output's.
 
 In "gather", padding meets neither Inf nor NaN of input or grad_output. A folded gradient of the weight multiplies
