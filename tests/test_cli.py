@@ -45,7 +45,7 @@ def fails(capsys, *argv):
         (["train", "--lr", "-1"], "lr must be more than 0, got -1.0"),
         (["train", "--optimizer", "adm"], "unknown optimizer 'adm': did you mean 'adam'?"),
         (["trian"], "invalid choice: 'trian'"),
-        ([], "train,eval,predict,bench,tune,explain"),
+        ([], "train,eval,predict,bench,tune"),
         (["predict", "somewhere"], "images"),
         (["eval", "nowhere"], "nowhere holds no run of fastcnn train"),
         (["predict", "nowhere", "a.png"], "nowhere holds no run of fastcnn train"),
