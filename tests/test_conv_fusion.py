@@ -51,6 +51,9 @@ CASES = {
     "images of 1x1 filters with stride 2": {
         "backward_input": ((19, 40, 3, 3), (16, 40, 1, 1), dict(stride=(2, 2)), bf16, IMAGES),
     },
+    "images, pixels of padding alone": {
+        "forward": ((19, 16, 2, 2), (40, 16, 1, 1), dict(padding=(1, 1)), bf16, IMAGES),
+    },
     # the window's box has 32 elements
     "stem": {
         "forward": ((19, 3, 4, 8), (40, 3, 2, 3), UNDILATED, bf16, Launch("stem", 16, 32, 32, 4, 3, programs=9)),
@@ -378,6 +381,22 @@ def test_correction_of_what_is_not_there_does_not_overflow(lane, family, kind):
     which = 0 if kind == "backward_input" else 1
     yardstick, truth = (layer.gradients_reference(exact, correction=correction)[which] for exact in (False, True))
     assert_close_to_truth(kind, grad, yardstick, truth, fp16)
+
+
+@over("forward", "backward_weight", only=WITH_PENDING)
+def test_activation_of_what_is_not_there_does_not_overflow(lane, family, kind):
+    # as above: pixels are near the mean, z of zero would be Inf in fp16
+    layer = Layer(family, kind, lane.device, fp16)
+    layer.x, layer.w = (layer.x.float() - 60.0).half(), layer.w * 0.02
+    channels = layer.x.shape[1]
+    scale, shift = (torch.full((channels,), value, device=lane.device) for value in (1500.0, 90000.0))
+    pending = Pending(scale, shift, "none")
+    result = getattr(layer, kind)(pending=pending)
+    if kind == "forward":
+        yardstick, truth = (layer.forward_reference(exact, pending=pending) for exact in (False, True))
+    else:
+        yardstick, truth = (layer.gradients_reference(exact, pending=pending)[1] for exact in (False, True))
+    assert_close_to_truth(kind, result, yardstick, truth, fp16)
 
 
 # the chain
