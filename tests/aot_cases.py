@@ -308,20 +308,20 @@ def conv2d_fused():
 def conv2d_tiles():
     """Every tile of the convolutions in a shape that fills it, plain and with everything on load and on store."""
 
-    def case(launch, x, w, arithmetic, kinds, chips=None):
+    def case(launch, x, w, kind, stride, arithmetic, chips):
         def call():
             from triton.runtime.driver import driver
 
-            # a gathering tile in other arithmetic is compiled with everything on for the layers of conv2d_fused only
-            compiled = (True, arithmetic == "16-bit")
-            if chips is not None:
-                compiled = chips.get(driver.active.get_current_target().arch, ())
-            for kind in kinds:
-                how = dict(splits=4) if kind == "backward_weight" else dict(programs=132)
-                with tf32(arithmetic == "tf32"), conv_launch.use(dataclasses.replace(launch, **how)):
-                    for fused, numbers in enumerate(compiled):
-                        if numbers:
-                            _passes(x, w, fused=fused)[kind]()
+            # a chip that is not named has the numbers of the next one below it
+            known = max((arch for arch in chips if arch <= driver.active.get_current_target().arch), default=None)
+            plain, fused = chips.get(known, (None, None))
+            if launch.family != "images" and arithmetic != "16-bit":
+                fused = None  # compiled with everything on for the layers of conv2d_fused only
+            how = dict(splits=4) if kind == "backward_weight" else dict(programs=132)
+            with tf32(arithmetic == "tf32"), conv_launch.use(dataclasses.replace(launch, **how)):
+                for on, numbers in ((False, plain), (True, fused)):
+                    if numbers:
+                        _passes(x, w, stride, fused=on)[kind]()
 
         return call
 
@@ -337,7 +337,7 @@ def conv2d_tiles():
             w, stride = t(c, c, 3, 3, dtype=dtype, channels_last=wide), 1
         for tile, chips in tiles.items():
             launch = conv_launch.Launch(family, *tile)
-            yield f"{kind}, {launch}, {arithmetic}, {access}", case(launch, x, w, kind, stride, chips, arithmetic)
+            yield f"{kind}, {launch}, {arithmetic}, {access}", case(launch, x, w, kind, stride, arithmetic, chips)
 
 
 def conv_transpose2d():

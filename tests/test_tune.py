@@ -82,7 +82,7 @@ def test_shortlist_has_every_family_and_no_tile_twice():
         t.problem for t in some_tasks(torch.bfloat16, n=64) if t.problem.kind == "forward" and t.problem.c == 3
     }
     assert {launch.family for _, launch in tune.shortlist(problem, H100, 1)} == {"gather", "folded", "stem"}
-    problem = dataclasses.replace(problem, kind="backward_weight", n=256, c=256, access="packed")
+    problem = dataclasses.replace(problem, kind="backward_weight", n=256, c=256, k=256, access="packed")
     found = [launch for _, launch in tune.shortlist(problem, H100)]
     tiles = [dataclasses.replace(launch, splits=1) for launch in found]
     assert len(set(tiles)) == len(tiles) >= tune.CANDIDATES
@@ -138,7 +138,7 @@ def test_the_fastest_right_launch_is_kept_and_found_again(fake, monkeypatch, cap
     assert table[0].split("  ")[0] == "pass" and len(table) == 2 + len(tasks)
     line = next(line for line in table if line.startswith(str(task.problem)))
     launch, own, cudnn, ratio, predicted = re.split("  +", line.removeprefix(str(task.problem)).strip())
-    assert launch == str(kept[task.problem].launch) and float(own) == pytest.approx(2e3 / widest, abs=0.05)
+    assert launch == str(kept[task.problem].launch) and float(own) == pytest.approx(2e3 / widest, abs=0.06)
     assert float(cudnn) == 1000 and float(ratio) == pytest.approx(widest / 2, abs=0.01) and float(predicted) > 0
     assert table[-1] == f"kept in {launch_cache.path_for(GPU)}"
 

@@ -14,20 +14,6 @@ from fastcnn.ops.chips import L2_BYTES_PER_CYCLE, REGISTERS, SHARED_BYTES_PER_CY
 from fastcnn.ops.conv_problem import FAMILIES, Launch
 from fastcnn.ops.conv_tiles import TILES
 
-# (block_m, block_n, block_k, warps, stages) of the families that gather
-GATHER = {
-    ("16-bit", "wide"): (
-        (128, 16, 64, 4, 3), (128, 32, 64, 4, 3), (128, 64, 64, 8, 3), (128, 128, 64, 8, 3), (64, 64, 64, 4, 3),
-    ),
-    ("tf32", "wide"): ((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 64, 32, 4, 3)),
-    ("ieee", "wide"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2), (64, 64, 16, 4, 2)),
-    ("fp64", "wide"): ((32, 16, 16, 4, 2), (32, 32, 16, 4, 2)),
-    # narrow loads keep one address per element in registers, hence their small tiles
-    ("16-bit", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("tf32", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("ieee", "narrow"): ((64, 16, 16, 4, 2), (64, 32, 16, 4, 2)),
-    ("fp64", "narrow"): ((32, 16, 16, 4, 2),),
-}  # fmt: skip
 # (images, filters, warps, stages) of the family stem; the rest of its tile is the window's box
 STEM = {
     "forward": ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3)),
@@ -41,11 +27,10 @@ MAX_SLABS = 256 << 20  # bytes of the slabs of all splits together
 WAVES = (1, 2, 3, 4)  # how often the splits of a gradient of the weight may fill the chip
 
 # Assumptions, in cycles: from asking for the first block until it is multiplied; what a tile's end costs beside its
-# stores; instructions per 16 bytes that a gather computes an address and a mask for, of which an SM issues 128 a cycle
+# stores; instructions for the address and the mask of one access of a gather, of which an SM issues 128 a cycle
 LATENCY = 1000
 TILE_END = 500
 GATHER_INSTRUCTIONS = 10
-NARROW = 8  # times more of them, without 16 bytes at a time
 START = 2e-6  # seconds from one kernel's end to the next one's first step
 EXPOSED = 0.1  # share of the shorter of compute and memory that the longer one does not hide
 OTHER_REGISTERS = 64  # of a thread beside its accumulators, in a tile that is in no table
@@ -77,13 +62,14 @@ class Prediction:
 
 def resources(problem, launch, chip):
     """(registers per thread, bytes of shared memory) of a program: as compiled, else estimated."""
-    m, n, k = launch.block_m, launch.block_n, launch.block_k
-    tiles = TILES.get(_table(problem, launch.family), {})
-    compiled = _on_chip(tiles.get((m, n, k, launch.warps, launch.stages), {}), chip)
-    if compiled and compiled[problem.fused]:
-        return compiled[problem.fused]
     if launch.family == "stem":
         return _stem_resources(problem, launch)
+    m, n, k = launch.block_m, launch.block_n, launch.block_k
+    tiles = TILES.get(_table(problem, launch.family, launch.pack), {})
+    compiled = _on_chip(problem, tiles.get((m, n, k, launch.warps, launch.stages), {}), chip)
+    if compiled is not None:
+        registers, kib = compiled
+        return registers, 1024 * kib
     accumulators = m * n * (2 if problem.arithmetic == "fp64" else 1) // (32 * launch.warps)
     # what is fused reads a second block like the accumulators, and keeps vectors
     registers = OTHER_REGISTERS + accumulators * (2 if problem.fused else 1)
@@ -99,14 +85,27 @@ def _stem_resources(problem, launch):
     return min(255, registers), shared + 1024
 
 
-def _table(problem, family):
-    access = "packed" if family == "images" else problem.access.replace("packed", "wide")
+def _table(problem, family, pack=1):
+    """The key of TILES."""
+    if family == "images":
+        access = "packed"
+    elif family == "folded":
+        access = "wide" if _vector(problem) > 1 else "narrow"
+    else:
+        access = "wide" if _is_wide(problem, pack) else "narrow"
     return family, problem.kind, problem.arithmetic, access
 
 
-def _on_chip(compiled, chip):
-    """The numbers of the chip in a row of TILES, or of the next one below it."""
-    return compiled.get(max((arch for arch in compiled if arch <= chip.arch), default=None))
+def _on_chip(problem, compiled, chip):
+    """(registers, KiB) in a row of TILES, of the chip or of the next one below it; None if it cannot run there."""
+    known = max((arch for arch in compiled if arch <= chip.arch), default=None)
+    return None if known is None else compiled[known][problem.fused]
+
+
+def _listed(problem, family, chip, pack=1):
+    """The tiles of a family that the chip can run."""
+    rows = TILES.get(_table(problem, family, pack), {})
+    return [tile for tile, compiled in rows.items() if _on_chip(problem, compiled, chip) is not None]
 
 
 def occupancy(problem, launch, chip):
@@ -185,7 +184,7 @@ def _why_not_images(problem, launch, chip):
 
 def candidates(problem, chip):
     """Every launch worth a thought: right on this chip, and with tiles that the problem's sizes fill by half."""
-    found = [*_images(problem, chip), *_stem(problem), *_gather(problem)]
+    found = [*_images(problem, chip), *_stem(problem), *_gather(problem, chip)]
     found = [launch for launch in dict.fromkeys(found) if why_not(problem, launch, chip) is None]
     return [filled for launch in found for filled in _filling(problem, launch, chip)]
 
@@ -193,17 +192,15 @@ def candidates(problem, chip):
 def _images(problem, chip):
     weight = problem.kind == "backward_weight"
     found = []
-    for tile, compiled in TILES.get(_table(problem, "images"), {}).items():
-        numbers = _on_chip(compiled, chip)
+    for tile in _listed(problem, "images", chip):
         m, n, k, *_ = tile
-        images = k if weight else m
-        if numbers is None or numbers[problem.fused] is None or 2 * problem.rows < images:
-            continue
-        # a tile's other sides are not twice as large as what they hold
+        # a tile's sides are not twice as large as what they hold
         sides = ((m, problem.columns), (n, problem.depth)) if weight else ((n, problem.columns), (k, problem.depth))
         launch = Launch("images", *tile, programs=1)
-        if all(block <= max(32, _power_of_two(size)) for block, size in sides) and not why_not(problem, launch, chip):
-            found.append(launch)
+        full = 2 * problem.rows >= (k if weight else m)
+        if full and all(block <= max(32, _power_of_two(size)) for block, size in sides):
+            if why_not(problem, launch, chip) is None:
+                found.append(launch)
     # short rows of memory are only for channels that long ones do not divide
     deepest = max((launch.block_k for launch in found), default=0)
     return [launch for launch in found if launch.block_k == deepest]
@@ -221,34 +218,42 @@ def _stem(problem):
                 yield Launch("stem", filters, box, images, warps, stages)
 
 
-def _gather(problem):
-    weight = problem.kind == "backward_weight"
+def _gather(problem, chip):
     folds = problem.groups == 1 and problem.c <= FOLDED_CHANNELS and problem.kind != "backward_input"
     for family in ("gather", "folded") if folds and problem.r * problem.s > 1 else ("gather",):
         for pack in _packs(problem) if family == "gather" else (1,):
-            access = "wide" if _is_wide(problem, pack) else "narrow"
-            for m, n, k, warps, stages in GATHER[problem.arithmetic, access]:
-                rows, columns, depth = _matrix(problem, family, pack)
-                # the smallest tile always stays
-                n = min(n, max(16, _power_of_two(columns)))
-                m = min(m, max(16, _power_of_two(rows))) if weight else m
-                yield Launch(family, m, n, min(k, max(16, _power_of_two(depth))), warps, stages, pack)
+            tiles = _listed(problem, family, chip, pack)
+            sizes = _matrix(problem, family, pack)
+            full = [tile for tile in tiles if _fills(tile, sizes)]
+            for tile in full or [min(tiles, key=lambda tile: math.prod(tile[:3]))]:
+                yield Launch(family, *tile, pack=pack)
+
+
+def _fills(tile, sizes):
+    """Whether no side of a tile is twice as large as what it holds, or 16."""
+    return all(side <= max(16, _power_of_two(size)) for side, size in zip(tile[:3], sizes, strict=True))
 
 
 def _is_wide(problem, pack):
-    """Whether the channels of every block lie 16 bytes apart: the compiler looks for multiples of 16 elements."""
-    whole = problem.columns * pack % 16 == 0 and problem.depth * pack % 16 == 0
-    return problem.access != "narrow" and whole
+    """Whether a block is read 16 bytes at a time: its channels are multiples of that."""
+    unit = 16 // problem.itemsize
+    return problem.access != "narrow" and problem.columns * pack % unit == 0 and problem.depth * pack % unit == 0
+
+
+def _vector(problem):
+    """Channels that the family folded reads at once: all of them and zeros up to a power of two."""
+    channels = _power_of_two(problem.c)
+    return channels if problem.groups == 1 and channels <= FOLDED_CHANNELS else 1
 
 
 def _matrix(problem, family, pack=1):
     """Rows, columns and depth of the matrix product of a gathering family, for one tap or, folded, all of them."""
     columns, depth = problem.columns * pack, problem.depth * pack
-    taps = problem.r * problem.s if family == "folded" else 1
+    folded = max(problem.c // problem.groups, _vector(problem)) * problem.r * problem.s
     if problem.kind == "backward_weight":
-        return depth, columns * taps, problem.n * problem.p * problem.q
+        return depth, folded if family == "folded" else columns, problem.n * problem.p * problem.q
     if problem.kind == "forward":
-        return problem.n * problem.p * problem.q, columns, depth * taps
+        return problem.n * problem.p * problem.q, columns, folded if family == "folded" else depth
     # of one parity class
     sizes = zip((problem.h, problem.w), problem.stride, strict=True)
     return problem.n * math.prod(-(-size // stride) for size, stride in sizes), columns, depth
@@ -335,8 +340,12 @@ def _step(problem, launch, chip, resident, active):
         "latency": LATENCY / max(1, launch.stages - 1) / resident,
     }
     if launch.family not in PERSISTENT:
-        pieces = loaded / 16 * (1 if _is_wide(problem, launch.pack) else NARROW)
-        cycles["addresses"] = pieces * GATHER_INSTRUCTIONS / 128
+        unit = 16 if _is_wide(problem, launch.pack) else size
+        if launch.family == "folded":
+            unit = min(16, size * _vector(problem))
+        # one line of the cache is looked up in a cycle, of which a short row fills a part
+        row = size * (min(m, n) if problem.kind == "backward_weight" else k)
+        cycles["addresses"] = max(loaded / unit * GATHER_INSTRUCTIONS / 128, loaded / min(row, 128))
     return cycles
 
 
@@ -371,13 +380,18 @@ def predict(problem, launch, chip):
     rounds = -(-busiest // together)
     begins = 1 if launch.family in PERSISTENT and problem.kind != "backward_weight" else rounds
     compute = (busiest * per_tile * cycles[limit] + begins * LATENCY + rounds * end) / chip.hertz
-    memory, after = problem.bytes / chip.bytes_per_second, 0.0
+    memory, others = problem.bytes / chip.bytes_per_second, 0.0
+    channels = _vector(problem)
+    if launch.family == "folded" and channels > 1 and (channels > problem.c or problem.access == "narrow"):
+        # a copy with as many channels as are read at once
+        copied = problem.itemsize * problem.n * problem.h * problem.w * (problem.c + channels)
+        others += START + copied / chip.bytes_per_second
     if launch.splits > 1:
         # slabs are written, and read by a second kernel
         slabs = 4 * problem.k * problem.c // problem.groups * problem.r * problem.s * launch.splits
-        after = START + slabs / chip.bytes_per_second
+        others += START + slabs / chip.bytes_per_second
         memory += slabs / chip.bytes_per_second
-    seconds = START + max(compute, memory) + EXPOSED * min(compute, memory) + after
+    seconds = START + max(compute, memory) + EXPOSED * min(compute, memory) + others
     limit = "memory" if memory > compute else limit
     return Prediction(seconds, tiles, resident, tiles / (chip.sms * resident), compute, memory, limit)
 
