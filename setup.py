@@ -43,7 +43,7 @@ setup(
     extras_require={
         # networks to measure beside ours, and the benchmarks as pytest cases
         "bench": ["pytest", "pytest-benchmark", "timm", "torchvision"],
-        "test": ["fastcnn[bench]", "pytest-xdist", "expecttest", "ruff", "build"],
+        "test": ["fastcnn[bench]", "pytest-xdist", "expecttest", "hypothesis", "ruff", "build"],
     },
     entry_points={"console_scripts": ["fastcnn = fastcnn.cli:main"]},
 )
