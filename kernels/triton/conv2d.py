@@ -620,8 +620,11 @@ def conv2d_backward_weight_kernel(
         )
         if d1_ptr is not None:
             y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
-            # not zero where dy was masked, but there x is
-            dy_block = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot).to(dy_block.dtype)
+            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
+            # not zero where dy was masked, but there x is; fp16 could make Inf of it, and Inf times zero is NaN
+            if dy_ptr.dtype.element_ty == tl.float16:
+                value = tl.where(dy_mask, value, 0.0)
+            dy_block = value.to(dy_block.dtype)
         if PENDING is not None:
             z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING)
             if FOLDED:
