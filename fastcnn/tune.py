@@ -142,8 +142,8 @@ def tasks(layers, dtype, layout):
     for layer in layers:
         image, weight, output = _tensors(layer, dtype, layout, torch.device("meta"))
         for kind in layer.kinds:
-            precision = conv2d._precision(image, layer.switch)
-            problem = conv2d._problem(kind, image, weight, output, layer.geometry, precision, ())
+            precision = conv2d.precision_of(image, layer.switch)
+            problem = conv2d.problem_of(kind, image, weight, output, layer.geometry, precision)
             found.setdefault(problem, Task(problem, layer, dtype, layout))
     return list(found.values())
 
@@ -166,7 +166,7 @@ def run(task, tensors):
 def _reference(task, tensors):
     """The same by PyTorch, in the dtype of the tensors."""
     image, weight, output = tensors
-    function = lambda image, weight: conv2d._padded_reference(
+    function = lambda image, weight: conv2d.padded_reference(
         image, weight, None, task.layer.output[2:], *task.layer.geometry
     )
     if task.problem.kind == "forward":

@@ -231,8 +231,27 @@ def test_conv2d_splits_pixels(lane):
     # 1,155 pixels are 73 steps: the gradients of weight and bias are sums of several slabs, the last of them shorter
     x, w = randn(3, 2, 35, 12, device=lane.device), randn(3, 2, 1, 2, device=lane.device)
     b = randn(3, device=lane.device)
-    assert conv_sums.shares(1155, 2, 16)[0] > 1 and conv_sums.shares(1155, 1, 64)[0] > 1
-    assert_matches(fF.conv2d, F.conv2d, x, w, b)
+    assert conv_sums.shares(1155, 1, 64)[0] > 1
+    with conv_launch.use(conv_launch.Launch("gather", 16, 16, 16, 4, 2, splits=10), "backward_weight"):
+        assert_matches(fF.conv2d, F.conv2d, x, w, b)
+
+
+@pytest.mark.parametrize("groups", (1, 2))
+def test_conv2d_copies_planes_to_pixels(lane, groups):
+    x, w = (
+        randn(2, 16, 5, 6, device=lane.device, dtype=bf16),
+        randn(24, 16 // groups, 3, 3, device=lane.device, dtype=bf16),
+    )
+    geometry = (1, 1), (1, 1), (1, 1), groups
+    problem = conv2d_ops.problem_of("forward", x, w, F.conv2d(x, w, None, *geometry), geometry, "ieee")
+    assert problem.access == "packed" and problem.copied
+    function = lambda x, w: fF.conv2d(x, w, None, *geometry)
+    assert_matches(function, lambda x, w: F.conv2d(x, w, None, *geometry), x, w)
+    # a channel fewer does not fill 16 bytes: read as it is
+    x, w = x[:, 1:].detach(), w[:, : 15 // groups].detach()
+    if groups == 1:
+        problem = conv2d_ops.problem_of("forward", x, w, F.conv2d(x, w, None, *geometry), geometry, "ieee")
+        assert problem.access == "narrow" and not problem.copied
 
 
 def far_apart(tensor, dim):
@@ -350,9 +369,9 @@ def test_conv2d_follows_torchs_tf32_switches():
     before = conv.fp32_precision, matmul.fp32_precision
     try:
         for conv.fp32_precision, matmul.fp32_precision in (("tf32", "ieee"), ("ieee", "tf32")):
-            assert conv2d_ops._precision(tensor, "conv") == conv.fp32_precision
-            assert conv2d_ops._precision(tensor, "matmul") == matmul.fp32_precision
-            assert conv2d_ops._precision(tensor.half(), "conv") == "ieee"
+            assert conv2d_ops.precision_of(tensor, "conv") == conv.fp32_precision
+            assert conv2d_ops.precision_of(tensor, "matmul") == matmul.fp32_precision
+            assert conv2d_ops.precision_of(tensor.half(), "conv") == "ieee"
     finally:
         conv.fp32_precision, matmul.fp32_precision = before
 

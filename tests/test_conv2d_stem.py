@@ -115,23 +115,13 @@ def test_stem_keeps_nan_and_inf_under_the_filter(lane):
 
 def test_stem_is_what_an_image_gets(lane):
     x, weight, _, geometry = operands(CASES["ResNet"], lane)
-    wide = problem_of("forward", *CASES["ResNet"])
-    assert (
-        conv2d_ops._problem(
-            "forward",
-            x,
-            weight,
-            x.new_empty(34, 24, 5, 8).contiguous(memory_format=channels_last),
-            geometry,
-            "ieee",
-            (),
-        )
-        == wide
-    )
-    # rows of 14 bytes, or planes instead of pixels, have no box
-    for other in (x[..., :7].contiguous(memory_format=channels_last), x.contiguous()):
-        y = F.conv2d(other, weight, None, *geometry).contiguous(memory_format=channels_last)
-        assert conv2d_ops._problem("forward", other, weight, y, geometry, "ieee", ()).access == "narrow"
+    found = lambda x, y: conv2d_ops.problem_of("forward", x, weight, y, geometry, "ieee")
+    y = x.new_empty(34, 24, 5, 8).contiguous(memory_format=channels_last)
+    assert found(x, y) == problem_of("forward", *CASES["ResNet"])
+    # planes apart are copied; rows of 42 bytes have no box, copied or not
+    assert found(x.contiguous(), y) == problem_of("forward", *CASES["ResNet"], copied=True)
+    problem = found(x[..., :7], y[..., :4])
+    assert problem.access == "narrow" and not problem.copied
 
 
 @pytest.mark.parametrize(

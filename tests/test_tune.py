@@ -73,8 +73,8 @@ def test_layout_and_dtype_are_part_of_a_problem(dtype, arithmetic):
         problems = [task.problem for task in some_tasks(tune.DTYPES[dtype], layout)]
         # torch's default: TF32 in convolutions, not in linear layers
         assert {problem.arithmetic for problem in problems} == arithmetic
-        access[layout] = [problem.access for problem in problems if problem.groups == 2]
-    assert set(access["channels_last"]) == {"packed"} and "packed" not in access["contiguous"]
+        access[layout] = {(problem.access, problem.copied) for problem in problems if problem.groups == 2}
+    assert access == {"channels_last": {("packed", False)}, "contiguous": {("packed", True)}}
 
 
 def test_shortlist_has_every_family_and_no_tile_twice():

@@ -77,7 +77,7 @@ def _is_packed(tensor, rows=False):
     return in_order and unit % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
-def _precision(tensor, tf32_switch):
+def precision_of(tensor, tf32_switch):
     """tf32 where torch's own switch for convolutions ("conv") or matrix products ("matmul") allows it, else ieee."""
     if tensor.dtype != torch.float32 or tensor.device.type == "cpu":
         return "ieee"
@@ -85,30 +85,56 @@ def _precision(tensor, tf32_switch):
     return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
-def _problem(kind, image, weight, output, geometry, precision, others, pending=None):
-    """The conv_launch.Problem of a pass; image is the convolution's input side, output its output side.
+def _access(kind, image, weight, output, groups, others):
+    """How a pass can read and write these tensors: one of conv_problem.ACCESSES."""
+    outputs = [output, *others]
+    unit = 16 // image.element_size()
+    # the gradient of the weight is written in any strides; filters of shorter pixels are only read expanded or singly
+    filters = [] if kind == "backward_weight" or (groups > 1 and weight.shape[1] % unit) else [weight]
+    if all(map(_is_packed, [image, *outputs, *filters])):
+        return "packed"
+    if kind != "backward_input" and all(map(_is_packed, outputs)) and _is_packed(image, rows=True):
+        return "image"
+    # both tensors that are read
+    read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
+    whole = weight.shape[1] % unit == 0 and weight.shape[0] // groups % unit == 0
+    return "wide" if whole and all(map(conv2d_gather.is_wide, read[kind])) else "narrow"
 
-    others: further tensors that an operation on load or store reads, or None.
+
+def problem_of(kind, image, weight, output, geometry, precision, others=(), pending=None):
+    """The conv_launch.Problem of a pass.
+
+    image is the convolution's input side, output its output side; others are further tensors that something on load or
+    on store reads, or None. Planes of channels apart would be read one element at a time: copying them first costs two
+    passes over memory, and the convolution many.
     """
     stride, padding, dilation, groups = geometry
     (n, c, h, w), (k, _, r, s), (p, q) = image.shape, weight.shape, output.shape[2:]
-    outputs = [output, *(t for t in others if t is not None)]
-    # the gradient of the weight is written in any strides
-    filters = [] if kind == "backward_weight" else [weight]
-    if all(map(_is_packed, [image, *outputs, *filters])):
-        access = "packed"
-    elif kind != "backward_input" and all(map(_is_packed, outputs)) and _is_packed(image, rows=True):
-        access = "image"
-    else:
-        # both tensors that are read
-        read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
-        whole = c // groups % 16 == 0 and k // groups % 16 == 0
-        access = "wide" if whole and all(map(conv2d_gather.is_wide, read[kind])) else "narrow"
+    others = [t for t in others if t is not None]
+    access, copied = _access(kind, image, weight, output, groups, others), False
+    if access == "narrow":
+        *ordered, filters = (
+            torch.empty_like(t, memory_format=torch.channels_last, device="meta") for t in (image, output, weight)
+        )
+        access = _access(kind, ordered[0], filters, ordered[1], groups, ())
+        copied = access != "narrow"
     arithmetic = {torch.float32: precision, torch.float64: "fp64"}.get(image.dtype, "16-bit")
     geometry = tuple(stride), tuple(padding), tuple(dilation)
-    fused = pending is not None or any(t is not None for t in others)
+    fused = pending is not None or len(others) > 0
     sizes = n, c, h, w, k, r, s, p, q
-    return conv_launch.Problem(kind, *sizes, *geometry, groups, arithmetic, access, fused, pending is not None)
+    state = fused, pending is not None, copied
+    return conv_launch.Problem(kind, *sizes, *geometry, groups, arithmetic, access, *state)
+
+
+def _ordered(copied, *tensors):
+    """The tensors, or copies in channels_last."""
+    if not copied:
+        return tensors
+    return tuple(None if t is None else t.contiguous(memory_format=torch.channels_last) for t in tensors)
+
+
+def _ordered_correction(copied, correction):
+    return correction and correction._replace(y=_ordered(copied, correction.y)[0])
 
 
 def _family(launch):
@@ -155,20 +181,23 @@ def conv2d_forward(
     if y.numel() == 0:
         return y if pivot is None else (y, torch.zeros((2, y.shape[1]), dtype=pivot.dtype, device=y.device))
     geometry = stride, padding, dilation, groups
-    precision = _precision(input, tf32_switch)
+    precision = precision_of(input, tf32_switch)
     if residual is not None:
         residual = common.with_strides_of(residual, y)
-    problem = _problem("forward", input, weight, y, geometry, precision, (residual,), pending)
+    problem = problem_of("forward", input, weight, y, geometry, precision, (residual,), pending)
     if activation is not None or pivot is not None:
         problem = dataclasses.replace(problem, fused=True)
 
     def run(launch):
         if launch.family == "cudnn":
             return common.with_strides_of(conv2d_vendor.forward(input, weight, bias, *geometry, tf32_switch), y), None
-        filters = weight if launch.pack == 1 else conv2d_gather.expand_groups(weight, groups, launch.pack)
-        fusion = dict(pending=pending, activation=activation, residual=residual, pivot=pivot)
+        x, filters, added = _ordered(problem.copied, input, weight, residual)
+        out = torch.empty_like(y, memory_format=torch.channels_last) if problem.copied else y
+        filters = filters if launch.pack == 1 else conv2d_gather.expand_groups(filters, groups, launch.pack)
+        fusion = dict(pending=pending, activation=activation, residual=added, pivot=pivot)
         how = (stride, padding, dilation, groups // launch.pack, precision, launch)
-        return y, _family(launch).forward(input, filters, bias, y, *how, **fusion)
+        sums = _family(launch).forward(x, filters, bias, out, *how, **fusion)
+        return common.with_strides_of(out, y), sums
 
     y, sums = _chosen(problem, run, backend, input, bias, pending, activation, residual, pivot)
     return y if pivot is None else (y, sums)
@@ -204,22 +233,25 @@ def conv2d_backward_input(
     if grad_input.numel() == 0:
         return grad_input if pending is None else (grad_input, *torch.zeros_like(torch.stack(pending[:2])))
     geometry = stride, padding, dilation, groups
-    precision = _precision(grad_output, tf32_switch)
+    precision = precision_of(grad_output, tf32_switch)
     if correction is not None:
         grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
         correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
     raw, add = (None if t is None else common.with_strides_of(t, grad_input) for t in (input, add))
     others = (correction and correction.y, raw, add)
-    problem = _problem("backward_input", grad_input, weight, grad_output, geometry, precision, others)
+    problem = problem_of("backward_input", grad_input, weight, grad_output, geometry, precision, others)
 
     def run(launch):
         if launch.family == "cudnn":
             result = conv2d_vendor.backward_input(grad_output, weight, bias, size, *geometry, tf32_switch)
             return common.with_strides_of(result, grad_input), None
-        filters = weight if launch.pack == 1 else conv2d_gather.expand_groups(weight, groups, launch.pack)
-        fusion = dict(correction=correction, pending=pending, input=raw, add=add)
+        dy, filters, x, added = _ordered(problem.copied, grad_output, weight, raw, add)
+        out = torch.empty_like(grad_input, memory_format=torch.channels_last) if problem.copied else grad_input
+        filters = filters if launch.pack == 1 else conv2d_gather.expand_groups(filters, groups, launch.pack)
+        fusion = dict(correction=_ordered_correction(problem.copied, correction), pending=pending, input=x, add=added)
         how = (stride, padding, dilation, groups // launch.pack, precision, launch)
-        return grad_input, _family(launch).backward_input(grad_output, filters, bias, grad_input, *how, **fusion)
+        sums = _family(launch).backward_input(dy, filters, bias, out, *how, **fusion)
+        return common.with_strides_of(out, grad_input), sums
 
     grad_input, sums = _chosen(problem, run, backend, grad_output, bias, correction, pending, add)
     return grad_input if pending is None else (grad_input, *sums)
@@ -247,25 +279,26 @@ def conv2d_backward_weight(
     if grad_output.numel() == 0:
         return grad_weight.zero_()
     geometry = stride, padding, dilation, groups
-    precision = _precision(input, tf32_switch)
+    precision = precision_of(input, tf32_switch)
     if correction is not None:
         grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
         correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
     others = (correction and correction.y,)
-    problem = _problem("backward_weight", input, weight, grad_output, geometry, precision, others, pending)
+    problem = problem_of("backward_weight", input, weight, grad_output, geometry, precision, others, pending)
 
     def run(launch):
         if launch.family == "cudnn":
             result = conv2d_vendor.backward_weight(grad_output, input, weight, *geometry, tf32_switch)
             return common.with_strides_of(result, grad_weight)
-        fusion = dict(correction=correction, pending=pending)
+        dy, x = _ordered(problem.copied, grad_output, input)
+        fusion = dict(correction=_ordered_correction(problem.copied, correction), pending=pending)
         how = (stride, padding, dilation, groups // launch.pack, precision, launch)
         if launch.pack == 1:
-            _family(launch).backward_weight(grad_output, input, grad_weight, *how, **fusion)
+            _family(launch).backward_weight(dy, x, grad_weight, *how, **fusion)
             return grad_weight
         shape = weight.shape[0], weight.shape[1] * launch.pack, *weight.shape[2:]
         packed = torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=torch.channels_last)
-        _family(launch).backward_weight(grad_output, input, packed, *how, **fusion)
+        _family(launch).backward_weight(dy, x, packed, *how, **fusion)
         conv2d_gather.contract_groups(packed, grad_weight, groups, launch.pack)
         return grad_weight
 
@@ -326,7 +359,7 @@ class Conv2dFunction(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
         unused = (None,) * 7
         if torch.is_grad_enabled():
-            reference = lambda *inputs: _padded_reference(*inputs, ctx.size, *ctx.geometry)
+            reference = lambda *inputs: padded_reference(*inputs, ctx.size, *ctx.geometry)
             return *common.differentiable_grads(reference, (input, weight, bias), grad_output, needs), *unused
         grad_input = grad_weight = grad_bias = None
         if needs_input:
@@ -341,7 +374,7 @@ class Conv2dFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, *unused
 
 
-def _padded_reference(input, weight, bias, size, stride, padding, dilation, groups):
+def padded_reference(input, weight, bias, size, stride, padding, dilation, groups):
     """conv2d_reference for the host functions' geometry. Negative padding at the far side crops what no tap reads."""
     far = [
         (size[d] - 1) * stride[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1 - input.shape[2 + d] - padding[d]

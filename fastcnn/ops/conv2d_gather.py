@@ -15,7 +15,7 @@ import math
 import torch
 
 from fastcnn.ops import common
-from fastcnn.ops.conv_sums import accumulator_dtype, shares, sum_pixels, sum_rows, sum_slabs
+from fastcnn.ops.conv_sums import accumulator_dtype, sum_pixels, sum_rows, sum_slabs
 
 BAND = 8  # row tiles that share the column tiles through L2
 COPY_BLOCK = 512
@@ -216,10 +216,8 @@ def backward_input(
         return None if sums is None else tuple(sum_rows(sums))
 
 
-def _split(pixels, tiles, launch):
-    """(number of shares, pixels per share): as many as the launch asks for, or as few tiles ask for."""
-    if launch.splits == 1:
-        return shares(pixels, tiles, launch.block_k)
+def _split(pixels, launch):
+    """(number of shares, pixels per share): as many as the launch asks for, if there are as many steps."""
     share = -(-pixels // (launch.splits * launch.block_k)) * launch.block_k
     return -(-pixels // share), share
 
@@ -248,7 +246,7 @@ def backward_weight(
     if launch.family == "folded":
         columns = -(-folded["FOLDED_C"] * r * s // launch.block_n)
     tiles = -(-k // launch.block_m) * columns * groups
-    splits, share = _split(pixels, tiles, launch)
+    splits, share = _split(pixels, launch)
     out = grad_weight
     if splits > 1:
         out = grad_weight.new_empty((splits, grad_weight.numel()), dtype=accumulator_dtype(grad_weight.dtype))

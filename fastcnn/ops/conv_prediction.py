@@ -381,6 +381,9 @@ def predict(problem, launch, chip):
     begins = 1 if launch.family in PERSISTENT and problem.kind != "backward_weight" else rounds
     compute = (busiest * per_tile * cycles[limit] + begins * LATENCY + rounds * end) / chip.hertz
     memory, others = problem.bytes / chip.bytes_per_second, 0.0
+    if problem.copied:
+        # what is read and written once more, and read or written by the copies
+        others += 3 * START + 2 * memory
     channels = _vector(problem)
     if launch.family == "folded" and channels > 1 and (channels > problem.c or problem.access == "narrow"):
         # a copy with as many channels as are read at once

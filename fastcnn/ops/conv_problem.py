@@ -38,6 +38,7 @@ class Problem:
     access: str
     fused: bool = False  # something happens on load or on store
     pending: bool = False  # the input is read through a pending activation
+    copied: bool = False  # the tensors are first copied to channels_last, and the result back
 
     @property
     def is_one_pixel(self):
@@ -95,7 +96,7 @@ class Problem:
             if value not in (1, (1, 1)):
                 text += f", {name} {value if isinstance(value, int) else 'x'.join(map(str, dict.fromkeys(value)))}"
         return f"{text}, {self.arithmetic}{'' if self.access == 'packed' else ', ' + self.access}" + (
-            ", fused" if self.fused else ""
+            f"{', copied' if self.copied else ''}{', fused' if self.fused else ''}"
         )
 
 
