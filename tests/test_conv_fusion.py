@@ -458,7 +458,7 @@ def test_conv_bn_relu_conv_without_a_normalised_tensor(lane, dtype, launches):
 
 @pytest.mark.skipif(not INTERPRET, reason="fp32 through TF32 has no fp32 yardstick on a GPU")
 def test_images_in_tf32(lane, monkeypatch):
-    monkeypatch.setattr(conv2d_ops, "_precision", lambda *_: "tf32")
+    monkeypatch.setattr(conv2d_ops, "precision_of", lambda *_: "tf32")
     layer = Layer("images", "forward", lane.device, fp32)
     check_forward(
         layer,

@@ -264,7 +264,7 @@ def launch_trouble(problem, launch):
 def interpreted_tf32(monkeypatch):
     """Launches for TF32 run in the interpreter, which computes them in fp32."""
     if INTERPRET:
-        monkeypatch.setattr(conv2d_ops, "_precision", lambda tensor, _: "tf32" if tensor.dtype == fp32 else "ieee")
+        monkeypatch.setattr(conv2d_ops, "precision_of", lambda tensor, _: "tf32" if tensor.dtype == fp32 else "ieee")
 
 
 @pytest.mark.parametrize("family", EXAMPLES)
