@@ -337,7 +337,9 @@ def conv2d_tiles():
             w, stride = t(c, c, 3, 3, dtype=dtype, channels_last=wide), 1
         for tile, chips in tiles.items():
             launch = conv_launch.Launch(family, *tile)
-            yield f"{kind}, {launch}, {arithmetic}, {access}", case(launch, x, w, kind, stride, arithmetic, chips)
+            # short: every case is in the report many times
+            name = f"{kind} {family} {'x'.join(map(str, tile))} {arithmetic} {access}"
+            yield name, case(launch, x, w, kind, stride, arithmetic, chips)
 
 
 def conv_transpose2d():

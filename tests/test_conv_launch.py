@@ -535,12 +535,9 @@ def test_the_hash_is_of_the_kernels_source(tmp_path, monkeypatch):
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
     assert launch_cache.folder() == tmp_path / "cache"
     monkeypatch.delenv("FASTCNN_CACHE")
-    assert launch_cache.folder() == tmp_path / "xdg/fastcnn"
-    monkeypatch.delenv("XDG_CACHE_HOME")
     assert launch_cache.folder() == tmp_path / ".cache/fastcnn"
 
 

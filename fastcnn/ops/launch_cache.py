@@ -2,7 +2,7 @@
 
 A choice measured with other kernels or another compiler is worth nothing, so both are part of the file's name. Several
 processes may write at the same time: each merges its choices into what is there. The folder is FASTCNN_CACHE, else
-fastcnn in XDG_CACHE_HOME, else ~/.cache/fastcnn.
+~/.cache/fastcnn.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ def folder():
     chosen = os.environ.get("FASTCNN_CACHE")
     if chosen:
         return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastcnn"
+    return Path.home() / ".cache/fastcnn"
 
 
 @functools.cache
