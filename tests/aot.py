@@ -2,14 +2,14 @@
 
     python tests/aot.py [--op conv2d ...] [--target 90 ...] [--jobs 2] [--update] [--table]
 
-Our host functions run on tensors without memory (aot_cases.py) while a stand-in for Triton's driver claims the GPU and
+Our host functions run on tensors without memory (aot_cases) while a stand-in for Triton's driver claims the GPU and
 a patched launch compiles instead of launching: what is compiled is what would run. From the machine code the tools in
 the Triton package read registers and spills; a spill, too much shared memory, too many registers for the threads, or a
 grid beyond CUDA's limits is an error, named by kernel and case.
 
-What is in the machine code (occupancy, tensor-core instructions, copies, ...) is kept in benchmarks/results/aot.tsv,
-see aot_report.py. A difference from it is an error until --update (make aot-update) has rewritten the file, so that the
-diff of a commit shows what it did to the machine code. --op and --target compare and update their part of it.
+What is in the machine code (occupancy, tensor-core instructions, copies, ...) is kept in benchmarks/results/aot, see
+aot_report.py. A difference from it is an error until --update (make aot-update) has rewritten it, so that the diff of a
+commit shows what it did to the machine code. --op and --target compare and update their part of it.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have (CUDA programming guide)
 REGISTERS_PER_BLOCK = 65536
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-REPORT = Path(__file__).parent.parent / "benchmarks/results/aot.tsv"
+REPORT = Path(__file__).parent.parent / "benchmarks/results/aot"
 
 
 @dataclasses.dataclass

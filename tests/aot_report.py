@@ -1,7 +1,7 @@
-"""The machine code of every kernel as data: benchmarks/results/aot.tsv, and what it means when it changes.
+"""The machine code of every kernel as data: benchmarks/results/aot/<op>.tsv, and what it means when it changes.
 
-The first line names the Triton version, the second the columns; then follows one line per kernel, case and target,
-sorted. A kernel that one case launches in several versions has a line for each ("sum_slabs_kernel #2"). Counts are of
+In every file the first line names the Triton version, the second the columns; then follows one line per kernel, case
+and target, sorted. A kernel that one case launches in several versions has a line for each ("sum_slabs_kernel #2"). Counts are of
 instructions in the code, not of what is executed:
 
     registers      per thread
@@ -188,11 +188,18 @@ def _merged(found):
     return [f"{sentence} ({cases[0]}{more(cases)})" for sentence, cases in found.items()]
 
 
-def read(path):
-    """(Triton version, rows) of a report; (None, []) if there is no file. ValueError if it is not one."""
-    path = Path(path)
-    if not path.exists():
-        return None, []
+def read(folder):
+    """(Triton version, rows) of a report; (None, []) if there is none. ValueError if a file is not part of one."""
+    versions, rows = {}, []
+    for path in sorted(Path(folder).glob("*.tsv")):
+        versions[path.name], more = _read_file(path)
+        rows += more
+    if len(set(versions.values())) > 1:
+        raise ValueError(f"{folder} was made with several versions of Triton: make aot-update ({versions})")
+    return next(iter(versions.values()), None), sorted(rows, key=lambda row: row.key)
+
+
+def _read_file(path):
     lines = path.read_text().splitlines()
     version = re.fullmatch(r"# Triton (\S+)", lines[0]) if lines else None
     if version is None or lines[1:2] != ["\t".join(COLUMNS)]:
@@ -207,33 +214,38 @@ def read(path):
     return version.group(1), rows
 
 
-def write(path, version, rows):
-    """Write the report, sorted."""
-    lines = [f"# Triton {version}", "\t".join(COLUMNS)]
-    lines += ["\t".join(str(cell) for cell in dataclasses.astuple(row)) for row in sorted(rows, key=lambda r: r.key)]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+def write(folder, version, rows):
+    """Write the report: a file per op, each sorted. Files of other ops are removed."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for row in sorted(rows, key=lambda row: row.key):
+        files.setdefault(f"{row.op}.tsv", []).append("\t".join(str(cell) for cell in dataclasses.astuple(row)))
+    for path in folder.glob("*.tsv"):
+        if path.name not in files:
+            path.unlink()
+    for name, lines in files.items():
+        (folder / name).write_text("\n".join([f"# Triton {version}", "\t".join(COLUMNS), *lines]) + "\n")
 
 
-def gate(path, version, rows, part, update):
+def gate(folder, version, rows, part, update):
     """Hold fresh rows against the report's rows for which part(row) is true, or with `update` put them in their place.
 
     Prints the differences; returns whether the report agrees now.
     """
-    path = Path(path)
+    folder = Path(folder)
     try:
-        known, committed = read(path)
+        known, committed = read(folder)
     except ValueError:
         if not update:
             raise
         known, committed = None, []
     kept = [row for row in committed if not part(row)]
     if known not in (None, version) and not update:
-        print(f"{path.name} was made with Triton {known} and this is {version}: not compared")
+        print(f"{folder.name} was made with Triton {known} and this is {version}: not compared")
         return True
     if known not in (None, version) and kept:
-        print(f"{path.name} was made with Triton {known} and this is {version}: update all ops and targets at once")
+        print(f"{folder.name} was made with Triton {known} and this is {version}: update all ops and targets at once")
         return False
     lost, other = compare([row for row in committed if part(row)], rows)
     for word, sentences in (("LOST", lost), ("DIFFERS", other)):
@@ -244,8 +256,10 @@ def gate(path, version, rows, part, update):
     if known == version and not lost and not other:
         return True
     if update:
-        write(path, version, kept + rows)
-        print(f"{path.name} rewritten: {len(lost)} losses, {len(other)} other differences")
+        write(folder, version, kept + rows)
+        print(f"{folder.name} rewritten: {len(lost)} losses, {len(other)} other differences")
         return True
-    print(f"{path.name} is out of date: {len(lost)} losses, {len(other)} other differences; if meant, make aot-update")
+    print(
+        f"{folder.name} is out of date: {len(lost)} losses, {len(other)} other differences; if meant, make aot-update"
+    )
     return False

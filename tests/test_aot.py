@@ -108,4 +108,4 @@ def test_every_kernel_is_compiled_by_some_case():
         for name in declared_kernels(path)
         if name not in launched
     }
-    assert not missing, f"add calls that launch these to tests/aot_cases.py: {sorted(missing)}"
+    assert not missing, f"add calls that launch these to tests/aot_cases: {sorted(missing)}"

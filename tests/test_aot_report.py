@@ -137,17 +137,17 @@ def all_of_it(row):
 
 
 def test_the_gate_speaks_until_the_file_is_updated(tmp_path, capsys):
-    path = tmp_path / "results/aot.tsv"
+    path = tmp_path / "results/aot"
     assert not gate(path, "3.7.1", [ROW], all_of_it, update=False) and not path.exists()
     assert gate(path, "3.7.1", [ROW], all_of_it, update=True)
     assert gate(path, "3.7.1", [ROW], all_of_it, update=False)
     capsys.readouterr()
 
-    before = path.read_text()
+    before = (path / "conv2d.tsv").read_text()
     worse = [but(resident=4, registers=255)]
     assert not gate(path, "3.7.1", worse, all_of_it, update=False)
     assert "LOST conv2d_forward_kernel on sm_90: occupancy 8 -> 4 of 64 warps" in capsys.readouterr().out
-    assert path.read_text() == before
+    assert (path / "conv2d.tsv").read_text() == before
     # an update writes losses too, and says them
     assert gate(path, "3.7.1", worse, all_of_it, update=True) and "LOST" in capsys.readouterr().out
     assert read(path) == ("3.7.1", worse)
@@ -157,7 +157,7 @@ def test_the_gate_speaks_until_the_file_is_updated(tmp_path, capsys):
 
 
 def test_a_part_is_compared_and_updated_alone(tmp_path):
-    path = tmp_path / "aot.tsv"
+    path = tmp_path / "aot"
     others = [but(case="linear: head"), but(target=80)]
     write(path, "3.7.1", [ROW, *others])
     part = lambda row: row.op == "conv2d" and row.target == 90
@@ -168,24 +168,36 @@ def test_a_part_is_compared_and_updated_alone(tmp_path):
     assert sorted(read(path)[1], key=lambda row: row.key) == sorted([changed, *others], key=lambda row: row.key)
 
 
+def test_every_op_has_its_file_and_files_of_two_tritons_are_refused(tmp_path):
+    path = tmp_path / "aot"
+    write(path, "3.7.1", [ROW, but(case="linear: head")])
+    assert sorted(file.name for file in path.iterdir()) == ["conv2d.tsv", "linear.tsv"]
+    write(path, "3.7.1", [ROW])
+    assert [file.name for file in path.iterdir()] == ["conv2d.tsv"]
+    (path / "linear.tsv").write_text((path / "conv2d.tsv").read_text().replace("3.7.1", "3.6.0"))
+    with pytest.raises(ValueError, match="several versions of Triton.*3.6.0"):
+        read(path)
+
+
 def test_another_triton_is_not_compared_and_not_mixed(tmp_path, capsys):
-    path = tmp_path / "aot.tsv"
+    path = tmp_path / "aot"
     write(path, "3.6.0", [ROW])
-    before = path.read_text()
+    before = (path / "conv2d.tsv").read_text()
     assert gate(path, "3.7.1", [but(tensor="")], all_of_it, update=False)
-    assert capsys.readouterr().out == "aot.tsv was made with Triton 3.6.0 and this is 3.7.1: not compared\n"
+    assert capsys.readouterr().out == "aot was made with Triton 3.6.0 and this is 3.7.1: not compared\n"
     assert not gate(path, "3.7.1", [], lambda row: row.op == "linear", update=True)
-    assert path.read_text() == before
+    assert (path / "conv2d.tsv").read_text() == before
     assert gate(path, "3.7.1", [ROW], all_of_it, update=True) and read(path)[0] == "3.7.1"
 
 
 def test_a_damaged_report_is_named_and_can_be_rewritten(tmp_path):
-    path = tmp_path / "aot.tsv"
+    path = tmp_path / "aot"
     write(path, "3.7.1", [ROW])
-    path.write_text(path.read_text().replace("\t168\t", "\tmany\t"))
+    file = path / "conv2d.tsv"
+    file.write_text(file.read_text().replace("\t168\t", "\tmany\t"))
     with pytest.raises(ValueError, match="line 3: .*many"):
         read(path)
-    path.write_text("registers\n")
+    file.write_text("registers\n")
     with pytest.raises(ValueError, match="make aot-update"):
         gate(path, "3.7.1", [ROW], all_of_it, update=False)
     assert gate(path, "3.7.1", [ROW], all_of_it, update=True)
@@ -193,17 +205,18 @@ def test_a_damaged_report_is_named_and_can_be_rewritten(tmp_path):
 
 
 def test_the_committed_report_is_of_our_triton_sorted_and_small():
-    path = ROOT / "benchmarks/results/aot.tsv"
+    path = ROOT / "benchmarks/results/aot"
     version, rows = read(path)
     assert f"triton=={version}" in (ROOT / "constraints.txt").read_text().splitlines()
     keys = [row.key for row in rows]
     assert keys == sorted(set(keys)) and {row.target for row in rows} == {80, 90, 100}
-    assert path.stat().st_size < 400_000
-    assert len(path.read_text().splitlines()[1].split("\t")) == len(COLUMNS)
+    for file in path.glob("*.tsv"):
+        assert file.stat().st_size < 400_000
+        assert len(file.read_text().splitlines()[1].split("\t")) == len(COLUMNS)
 
 
 def test_every_row_accounts_for_all_its_instructions():
-    for row in read(ROOT / "benchmarks/results/aot.tsv")[1]:
+    for row in read(ROOT / "benchmarks/results/aot")[1]:
         counted = sum(sum(aot_report.kinds(cell).values()) for cell in (row.tensor, row.copies, row.loads, row.stores))
         counted += row.shared_loads + row.shared_stores + row.arithmetic + row.special + row.barriers + row.other
         assert counted == row.instructions, row

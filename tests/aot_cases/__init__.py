@@ -1,0 +1,32 @@
+"""What `tests/aot.py` compiles: per op, calls of its host functions that reach every kernel and every launch choice.
+
+Each op is a generator of (name, call). Shapes come from networks people train. Tensors are on torch's "meta" device:
+shapes and strides without memory, so that a case may exceed 2^31 elements. Optimizers read addresses: theirs are real.
+"""
+
+from aot_cases.activation import activation
+from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
+from aot_cases.losses import cross_entropy
+from aot_cases.norms import batch_norm
+from aot_cases.optimizers import optimizers
+from aot_cases.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from aot_cases.random import dropout
+
+CASES = {
+    cases.__name__: cases
+    for cases in (
+        activation,
+        adaptive_avg_pool2d,
+        avg_pool2d,
+        batch_norm,
+        conv2d,
+        conv2d_fused,
+        conv2d_tiles,
+        conv_transpose2d,
+        cross_entropy,
+        dropout,
+        linear,
+        max_pool2d,
+        optimizers,
+    )
+}
