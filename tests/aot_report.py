@@ -1,8 +1,8 @@
 """The machine code of every kernel as data: benchmarks/results/aot/<op>.tsv, and what it means when it changes.
 
-In every file the first line names the Triton version, the second the columns; then follows one line per kernel, case
-and target, sorted. A kernel that one case launches in several versions has a line for each ("sum_slabs_kernel #2"). Counts are of
-instructions in the code, not of what is executed:
+The first line of a file names the Triton version, the second the columns; then follows one line per kernel, case and
+target, sorted. A kernel that one case launches in several versions has a line for each ("sum_slabs_kernel #2"). Counts
+are of instructions in the code, not of what is executed:
 
     registers      per thread
     shared         bytes of shared memory per block, without the 1 KiB that CUDA keeps for itself

@@ -10,11 +10,10 @@ import torch
 
 import fastcnn
 from fastcnn import nn
-from fastcnn.nn import modules
 
 LANES = ("triton", "cpu")
 OURS = [
-    cls for cls in vars(modules).values() if inspect.isclass(cls) and cls.__module__ == modules.__name__
+    cls for cls in vars(nn).values() if inspect.isclass(cls) and cls.__module__.startswith("fastcnn.nn.")
     if issubclass(cls, torch.nn.Module)
 ]  # fmt: skip
 
