@@ -1,4 +1,4 @@
-"""What drops at random: torch.nn's modules on fastcnn's ops. Same constructors, state_dict and repr; only `forward` differs."""
+"""What drops at random: torch.nn's modules on fastcnn's ops, of which only `forward` differs."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Norms: torch.nn's modules on fastcnn's ops. Same constructors, state_dict and repr; only `forward` differs."""
+"""Norms: torch.nn's modules on fastcnn's ops, of which only `forward` differs."""
 
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Pools: torch.nn's modules on fastcnn's ops. Same constructors, state_dict and repr; only `forward` differs."""
+"""Pools: torch.nn's modules on fastcnn's ops, of which only `forward` differs."""
 
 from torch import nn
 
