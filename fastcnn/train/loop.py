@@ -21,6 +21,7 @@ from fastcnn.models import create_model
 from fastcnn.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
 from fastcnn.train.config import FREE_ON_RESUME
 from fastcnn.train.evaluate import autocast, check_same, choose_device, evaluate, load_config, reader_count, to_input
+from fastcnn.train.memory import keep_freed_memory
 from fastcnn.train.plots import plot_confusion, plot_curves, plot_filters
 
 # steps between looks at the loss: each look makes the CPU wait for the GPU
@@ -53,6 +54,8 @@ def _train(config, out):
         return json.loads(summary_path.read_text())
 
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     data = load_data(config.data, config.data_dir, image_size=config.image_size, channels=config.channels)
     torch.manual_seed(config.seed)
     model = create_model(config.model, len(data.classes), data.input.channels, **config.model_args)
