@@ -9,6 +9,7 @@ Every op owns one `Op` and asks it to `route` each call. The answer is "triton",
 | CPU, TRITON_INTERPRET=1   | triton, in Triton's interpreter                         |
 """
 
+import functools
 import importlib.util
 import logging
 import os
@@ -26,6 +27,8 @@ class _State:
     backend = None
     strict = False
     interpret = None
+    # backend "auto", not strict, no interpreter; None after a change, until asked for
+    plain_auto = None
 
 
 _state = _State()
@@ -68,13 +71,13 @@ class backend:
     def __init__(self, name):
         _check_backend(name)
         self.previous = current_backend()
-        _state.backend = name
+        _state.backend, _state.plain_auto = name, None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        _state.backend = self.previous
+        _state.backend, _state.plain_auto = self.previous, None
 
 
 class strict:
@@ -85,13 +88,19 @@ class strict:
 
     def __init__(self, enabled=True):
         self.previous = _state.strict
-        _state.strict = bool(enabled)
+        _state.strict, _state.plain_auto = bool(enabled), None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc_info):
-        _state.strict = self.previous
+        _state.strict, _state.plain_auto = self.previous, None
+
+
+def _plain_auto():
+    if _state.plain_auto is None:
+        _state.plain_auto = current_backend() == "auto" and not _state.strict and not interpreting()
+    return _state.plain_auto
 
 
 def gpu_refusal(device):
@@ -135,6 +144,46 @@ class Op:
         self.why = why
         self.calls = {}  # (backend, reason) -> number of calls
         OPS.append(self)
+
+    def torch_first(self, torch_function, below=None):
+        """Decorator of the op's public function: CPU tensors that "auto" leaves to PyTorch reach it at once.
+
+        Looking at all arguments takes ours 5 to 20 us, as long as PyTorch takes for a small tensor. PyTorch looks at
+        them, too: where it raises, ours runs after all, and says what is wrong or lets PyTorch say it again.
+
+        Args:
+            torch_function: PyTorch's function of the same signature; it must change nothing where it raises. Where it
+                takes what ours refuses, one that raises anything there and else calls it.
+            below: elements of the input from which `route` decides; None where PyTorch takes them all.
+        """
+        if below is None:
+            key = ("torch", self.why)
+        else:
+            key = ("torch", f"PyTorch is faster on CPU below {below:,} elements")
+
+        def decorate(function):
+            @functools.wraps(function)
+            def public(*args, **kwargs):
+                tensor = args[0] if args else kwargs.get("input")
+                if (
+                    (_state.plain_auto or _plain_auto())
+                    and isinstance(tensor, torch.Tensor)
+                    and tensor.is_cpu
+                    and (below is None or tensor.numel() < below)
+                ):
+                    try:
+                        result = torch_function(*args, **kwargs)
+                    except Exception:
+                        pass  # ours runs outside of this block: its error shall not carry PyTorch's along
+                    else:
+                        if not torch.compiler.is_compiling():
+                            self.calls[key] = self.calls.get(key, 0) + 1
+                        return result
+                return function(*args, **kwargs)
+
+            return public
+
+        return decorate
 
     def route(self, tensor, why_not):
         """Choose what runs this call: "triton", "cpu" or "torch".

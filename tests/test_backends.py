@@ -107,3 +107,42 @@ def test_environment_variable_is_the_default(value, expected):
     environment = {**os.environ, "FASTCNN_BACKEND": value}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert expected in result.stdout
+
+
+def test_torch_first_counts_and_gives_way(monkeypatch):
+    """CPU tensors reach PyTorch's function at once; what it refuses, what is large and every other setting do not."""
+    monkeypatch.setattr(backends, "OPS", [])
+    op = backends.Op("example", cpu_kernel=True, cpu_auto=True, why="none")
+
+    def torchs(input, p=0.5):
+        if p > 1:
+            raise RuntimeError("a poor sentence")
+        return "torch"
+
+    @op.torch_first(torchs, below=10)
+    def example(input, p=0.5):
+        """An example."""
+        if p > 1:
+            raise ValueError(f"p must be at most 1, got {p}")
+        return op.route(input, lambda backend: None)
+
+    x = torch.zeros(3)
+    assert example.__name__ == "example" and example.__doc__ == "An example."
+    assert example(x) == example(input=x, p=0.1) == "torch"
+    assert op.calls == {("torch", "PyTorch is faster on CPU below 10 elements"): 2}
+    assert example(torch.zeros(10)) == "cpu"
+    with pytest.raises(ValueError, match="p must be at most 1, got 2") as caught:
+        example(x, 2)
+    assert caught.value.__context__ is None
+    with pytest.raises(TypeError, match="example.* missing 1 required positional argument: 'input'"):
+        example()
+    with fastcnn.backend("cpu"):
+        assert example(x) == "cpu"
+        with fastcnn.strict():
+            assert example(x) == "cpu"
+    with fastcnn.strict():
+        assert example(x) == "cpu"
+    assert example(x) == "torch"
+    monkeypatch.setattr(backends._state, "interpret", True)
+    monkeypatch.setattr(backends._state, "plain_auto", None)
+    assert example(x) == "triton"

@@ -128,6 +128,23 @@ _ops = {
 }
 
 
+def _strictly(torch_function):
+    """torch_function(input, inplace), but for an inplace that is no bool, where PyTorch takes "no" for yes."""
+
+    def pytorchs(input, inplace=False):
+        if inplace is not False and inplace is not True:
+            raise TypeError
+        return torch_function(input, inplace)
+
+    return pytorchs
+
+
+def _leaky_relu(input, negative_slope=0.01, inplace=False):
+    if inplace is not False and inplace is not True:
+        raise TypeError
+    return F.leaky_relu(input, negative_slope, inplace)
+
+
 def _activation(name, x, inplace, fallback, kind=None, slope=0.0):
     common.check_tensor("input", x)
     if not isinstance(inplace, bool):
@@ -145,16 +162,19 @@ def _activation(name, x, inplace, fallback, kind=None, slope=0.0):
     return ActivationFunction.apply(x, kind, slope, inplace, backend)
 
 
+@_ops["relu"].torch_first(_strictly(F.relu))
 def relu(input, inplace=False):
     """max(input, 0). As torch.nn.functional.relu; NaN stays NaN."""
     return _activation("relu", input, inplace, lambda: F.relu(input, inplace))
 
 
+@_ops["relu6"].torch_first(_strictly(F.relu6))
 def relu6(input, inplace=False):
     """min(max(input, 0), 6). As torch.nn.functional.relu6."""
     return _activation("relu6", input, inplace, lambda: F.relu6(input, inplace))
 
 
+@_ops["leaky_relu"].torch_first(_leaky_relu)
 def leaky_relu(input, negative_slope=0.01, inplace=False):
     """input where positive, else negative_slope * input. As torch.nn.functional.leaky_relu."""
     return _activation(
@@ -166,26 +186,31 @@ def leaky_relu(input, negative_slope=0.01, inplace=False):
     )
 
 
+@_ops["silu"].torch_first(_strictly(F.silu))
 def silu(input, inplace=False):
     """input * sigmoid(input), also called swish. As torch.nn.functional.silu."""
     return _activation("silu", input, inplace, lambda: F.silu(input, inplace))
 
 
+@_ops["sigmoid"].torch_first(torch.sigmoid)
 def sigmoid(input):
     """1 / (1 + exp(-input)). As torch.sigmoid."""
     return _activation("sigmoid", input, False, lambda: torch.sigmoid(input))
 
 
+@_ops["tanh"].torch_first(torch.tanh)
 def tanh(input):
     """Hyperbolic tangent. As torch.tanh."""
     return _activation("tanh", input, False, lambda: torch.tanh(input))
 
 
+@_ops["hardswish"].torch_first(_strictly(F.hardswish))
 def hardswish(input, inplace=False):
     """input * relu6(input + 3) / 6. As torch.nn.functional.hardswish."""
     return _activation("hardswish", input, inplace, lambda: F.hardswish(input, inplace))
 
 
+@_ops["gelu"].torch_first(F.gelu)
 def gelu(input, approximate="none"):
     """input * Phi(input), Phi the normal distribution function; approximate is "none" (exact) or "tanh"."""
     if approximate not in ("none", "tanh"):

@@ -431,6 +431,14 @@ def check_bias(bias, channels):
         raise ValueError(f"bias must have shape ({channels},), one element per output channel, got {tuple(bias.shape)}")
 
 
+def _pytorchs(input, weight, bias=None, *others, **named):
+    # PyTorch reads memory that operands on "meta" do not have
+    if not weight.is_cpu or not (bias is None or bias.is_cpu):
+        raise ValueError
+    return F.conv2d(input, weight, bias, *others, **named)
+
+
+@_op.torch_first(_pytorchs)
 def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """2-D convolution, as torch.nn.functional.conv2d.
 

@@ -64,6 +64,17 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, *unused
 
 
+def _pytorchs(input, weight, bias=None, *others, **named):
+    # PyTorch reads memory that operands on "meta" do not have, and takes a padding that leaves nothing
+    if not weight.is_cpu or not (bias is None or bias.is_cpu):
+        raise ValueError
+    y = F.conv_transpose2d(input, weight, bias, *others, **named)
+    if y.numel() == 0:
+        raise ValueError
+    return y
+
+
+@_op.torch_first(_pytorchs)
 def conv_transpose2d(input, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):
     """2-D transposed convolution, as torch.nn.functional.conv_transpose2d.
 

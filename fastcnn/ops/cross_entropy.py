@@ -212,6 +212,14 @@ _op = Op(
 )
 
 
+def _pytorchs(input, target, weight=None, *deprecated, label_smoothing=0.0, **others):
+    # PyTorch takes NaN for no smoothing
+    if label_smoothing != label_smoothing:
+        raise ValueError
+    return F.cross_entropy(input, target, weight, *deprecated, label_smoothing=label_smoothing, **others)
+
+
+@_op.torch_first(_pytorchs)
 def cross_entropy(
     input,
     target,

@@ -35,6 +35,7 @@ def _why_not(backend, input, weight, bias):
     return None
 
 
+@_op.torch_first(F.linear)
 def linear(input, weight, bias=None):
     """Affine map of the last dimension, as torch.nn.functional.linear.
 
