@@ -61,7 +61,7 @@ def avg_pool2d_forward(input, window, ceil_mode, count_include_pad, divisor_over
 
         kernel = kernels.avg_pool2d_forward_channels_last if channels_last else kernels.avg_pool2d_forward
         pooling.run_on_cpu(
-            kernel, (input, output), channels_last, *window[:6], count_include_pad, divisor_override or 0
+            kernel, (input,), (output,), channels_last, *window[:6], count_include_pad, divisor_override or 0
         )
         return output
     from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_forward_kernel
@@ -87,7 +87,7 @@ def avg_pool2d_backward(grad_output, input_shape, channels_last, window, count_i
 
         kernel = kernels.avg_pool2d_backward_channels_last if channels_last else kernels.avg_pool2d_backward
         pooling.run_on_cpu(
-            kernel, (grad_output, grad_input), channels_last, *window[:6], count_include_pad, divisor_override or 0
+            kernel, (grad_output,), (grad_input,), channels_last, *window[:6], count_include_pad, divisor_override or 0
         )
         return grad_input
     from fastcnn.kernels.triton.avg_pool2d import avg_pool2d_backward_kernel

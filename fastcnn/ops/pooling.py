@@ -2,7 +2,7 @@
 
 import torch
 
-from fastcnn.ops import common
+from fastcnn.ops import common, huge_pages
 
 TILE = 1024  # elements per program
 
@@ -58,6 +58,8 @@ def follows_channels_last(tensor):
     """Whether torch pools this tensor into a channels_last output: 4-D with strides in that order, dense or not."""
     if tensor.dim() != 4 or tensor.stride(1) == 0:
         return False
+    if min(tensor.shape[1:]) > 1 and tensor.is_contiguous():
+        return False  # what follows, sooner
     least = 0
     for dim in (1, 3, 2, 0):
         size, stride = tensor.shape[dim], tensor.stride(dim)
@@ -87,10 +89,10 @@ def as_dense(tensor, channels_last):
     return batched(tensor).contiguous(memory_format=memory_format(channels_last))
 
 
-def run_on_cpu(kernel, tensors, channels_last, *arguments):
-    """Call a numba kernel on the memory of tensors: [N, H, W, C] (channels_last) or [N*C, H, W]."""
+def run_on_cpu(kernel, inputs, outputs, channels_last, *arguments):
+    """Call a numba kernel on the memory of tensors: [N, H, W, C] (channels_last) or [N*C, H, W]; outputs are fresh."""
     arrays = []
-    for tensor in tensors:
+    for tensor in (*inputs, *map(huge_pages.advise, outputs)):
         dense = as_dense(tensor.detach(), channels_last)
         arrays.append((dense.permute(0, 2, 3, 1) if channels_last else dense.flatten(0, 1)).numpy())
     common.cpu_threads(max(array.size for array in arrays))
