@@ -13,8 +13,10 @@ from fastcnn.ops.conv2d import conv2d
 from fastcnn.ops.conv_transpose2d import conv_transpose2d
 from fastcnn.ops.cross_entropy import cross_entropy
 from fastcnn.ops.dropout import dropout
+from fastcnn.ops.feature_dropout import dropout1d, dropout2d, dropout3d
 from fastcnn.ops.linear import linear
 from fastcnn.ops.max_pool2d import max_pool2d
+from fastcnn.ops.stochastic_depth import stochastic_depth
 
 __all__ = [
     "adaptive_avg_pool2d",
@@ -24,6 +26,9 @@ __all__ = [
     "conv_transpose2d",
     "cross_entropy",
     "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
     "gelu",
     "hardswish",
     "leaky_relu",
@@ -33,6 +38,7 @@ __all__ = [
     "relu6",
     "sigmoid",
     "silu",
+    "stochastic_depth",
     "tanh",
 ]
 

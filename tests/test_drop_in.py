@@ -49,6 +49,9 @@ CASES = {
         lambda: [randn(4, 5)],
     ),
     "dropout": (lambda F, x: F.dropout(x, 0.4), lambda: [image()]),
+    "dropout1d": (lambda F, x: F.dropout1d(x, 0.4), lambda: [randn(5, 7, 3)]),
+    "dropout2d": (lambda F, x: F.dropout2d(x, 0.4), lambda: [image()]),
+    "dropout3d": (lambda F, x: F.dropout3d(x, 0.4), lambda: [randn(3, 7, 2, 2, 3)]),
     "gelu": (lambda F, x: F.gelu(x), lambda: [image()]),
     "hardswish": (lambda F, x: F.hardswish(x), lambda: [image()]),
     "leaky_relu": (lambda F, x: F.leaky_relu(x, 0.2), lambda: [image()]),
@@ -58,9 +61,14 @@ CASES = {
     "relu6": (lambda F, x: F.relu6(x), lambda: [image()]),
     "sigmoid": (lambda F, x: F.sigmoid(x), lambda: [image()]),
     "silu": (lambda F, x: F.silu(x), lambda: [image()]),
+    "stochastic_depth": (
+        # of so small a probability that nothing is dropped
+        lambda F, x, z: x + z if F is torch.nn.functional else F.stochastic_depth(x, 1e-10, residual=z),
+        lambda: [image(), image() + 1],
+    ),
     "tanh": (lambda F, x: F.tanh(x), lambda: [image()]),
 }
-RANDOM = ("dropout",)
+RANDOM = ("dropout", "dropout1d", "dropout2d", "dropout3d")
 
 
 def test_every_op_has_a_case():
@@ -313,7 +321,8 @@ def test_opcheck_of_the_activations_in_place(lane):
 
 def test_every_registered_op_was_opchecked(lane):
     """Every torch.ops.fastcnn op is reached by some case above, or named here with the test that checks it."""
-    elsewhere = {"activation_", "dropout_", "batch_norm_eval"}  # opchecked in the tests of their ops
+    # opchecked in the tests of their ops
+    elsewhere = {"activation_", "dropout_", "feature_dropout_", "batch_norm_eval"}
     reached = set()
     for call, make in CASES.values():
         with fastcnn.strict(False):

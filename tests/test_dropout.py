@@ -398,3 +398,42 @@ def test_dropout_under_vmap_is_torchs():
     with fastcnn.backend("auto"):
         y = torch.func.vmap(lambda x: fF.dropout(x, 0.5), randomness="different")(torch.ones(4, 100))
     assert set(y.flatten().tolist()) == {0.0, 2.0}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_plain_dropout_scales_in_evaluation(lane, dtype):
+    x = torch.randn(2000, device=lane.device, dtype=dtype, requires_grad=True)
+    torch.manual_seed(4)
+    y = fF.dropout(x, 0.25, inverted=False)
+    torch.manual_seed(4)
+    inverted = fF.dropout(x, 0.25)
+    torch.testing.assert_close(y, inverted * 0.75)
+    assert torch.equal(y[y != 0], x[y != 0])
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, (y != 0).to(dtype))
+    assert torch.equal(fF.dropout(x, 0.25, False, inverted=False), x * 0.75)
+    scaled = x.detach().clone()
+    assert fF.dropout(scaled, 0.25, False, True, inverted=False) is scaled
+    assert torch.equal(scaled, x.detach() * 0.75)
+    assert fF.dropout(x, 0.0, False, inverted=False) is x
+
+
+def test_plain_dropout_on_pytorch_and_as_a_module():
+    x = torch.ones(1000)
+    with fastcnn.backend("torch"):
+        assert set(fF.dropout(x, 0.5, inverted=False).tolist()) == {0.0, 1.0}
+        assert set(fF.dropout(x.clone(), 0.5, inplace=True, inverted=False).tolist()) == {0.0, 1.0}
+    module = fastcnn.nn.PlainDropout(0.25)
+    assert set(module(x).tolist()) == {0.0, 1.0} and set(module.eval()(x).tolist()) == {0.75}
+    with pytest.raises(TypeError, match="inverted must be a bool, got 0"):
+        fF.dropout(x, inverted=0)
+
+
+def test_dropout_words_are_uniform(lane):
+    """Chi-square of the kept elements in every run of four, over the sixteen patterns they make."""
+    mask = kept(lane, N, 0.5).reshape(-1, 4).long()
+    counts = torch.bincount((mask * torch.tensor([8, 4, 2, 1])).sum(1), minlength=16).double()
+    expected = N / 4 / 16
+    chi_square = float(((counts - expected) ** 2 / expected).sum())
+    # 15 degrees of freedom: above 75 with a probability of 10^-9
+    assert chi_square < 75

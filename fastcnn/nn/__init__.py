@@ -9,7 +9,14 @@ from torch.nn import Module, Parameter, init, parallel, parameter, utils  # noqa
 from fastcnn import functional  # noqa: F401
 from fastcnn.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh  # noqa: F401
 from fastcnn.nn.conv import Conv2d, ConvTranspose2d, Linear  # noqa: F401
-from fastcnn.nn.dropout import Dropout  # noqa: F401
+from fastcnn.nn.dropout import (  # noqa: F401
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    PlainDropout,
+    StochasticDepth,
+)
 from fastcnn.nn.losses import CrossEntropyLoss  # noqa: F401
 from fastcnn.nn.norms import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: F401
 from fastcnn.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d  # noqa: F401

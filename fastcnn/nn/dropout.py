@@ -1,4 +1,4 @@
-"""What drops at random: torch.nn's modules on fastcnn's ops, of which only `forward` differs."""
+"""What drops at random: torch.nn's modules on fastcnn's ops, of which only `forward` differs, and what torch lacks."""
 
 from torch import nn
 
@@ -10,3 +10,52 @@ class Dropout(nn.Dropout):
 
     def forward(self, input):
         return F.dropout(input, self.p, self.training, self.inplace)
+
+
+class PlainDropout(nn.Dropout):
+    """Dropout as of 2012: training leaves what is kept as it is, evaluation multiplies by 1 - p."""
+
+    def forward(self, input):
+        return F.dropout(input, self.p, self.training, self.inplace, inverted=False)
+
+
+class Dropout1d(nn.Dropout1d):
+    """torch.nn.Dropout1d on fastcnn.functional.dropout1d."""
+
+    def forward(self, input):
+        return F.dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(nn.Dropout2d):
+    """torch.nn.Dropout2d on fastcnn.functional.dropout2d."""
+
+    def forward(self, input):
+        return F.dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(nn.Dropout3d):
+    """torch.nn.Dropout3d on fastcnn.functional.dropout3d."""
+
+    def forward(self, input):
+        return F.dropout3d(input, self.p, self.training, self.inplace)
+
+
+class StochasticDepth(nn.Module):
+    """torchvision.ops.StochasticDepth on fastcnn.functional.stochastic_depth; timm's DropPath is mode "row".
+
+    Args:
+        p: probability of dropping a sample of the branch.
+        mode: "row" draws for every sample, "batch" once for all.
+    """
+
+    def __init__(self, p, mode="row"):
+        super().__init__()
+        self.p = p
+        self.mode = mode
+
+    def forward(self, input, residual=None):
+        """input, whole samples of it dropped; with residual the sum of both in one pass."""
+        return F.stochastic_depth(input, self.p, self.mode, self.training, residual=residual)
+
+    def extra_repr(self):
+        return f"p={self.p}, mode={self.mode}"

@@ -1,7 +1,10 @@
 """Dropout: y = x / (1 - p) where kept, 0 * x where dropped, each element dropped with probability p; any shape.
 
+Plain dropout (inverted=False), the form of 2012, has y = x where kept and multiplies by 1 - p in evaluation instead.
+
 Saved for backward: the seed, eight bytes; the mask is computed again. Torch counterpart: torch.nn.functional.dropout,
-with other random numbers. Source: Srivastava et al. 2014; random numbers Philox4x32-10, Salmon et al. 2011.
+with other random numbers. Source: Hinton et al. 2012 (plain), Srivastava et al. 2014; random numbers Philox4x32-10,
+Salmon et al. 2011.
 
 The element with logical index i (row-major over the shape) takes word i % 4 of Philox4x32-10 with key = seed and
 counter = i // 4, and is dropped where that word is below round(p * 2^32). The mask depends on seed, p and shape alone:
@@ -41,21 +44,26 @@ def philox_reference(counter, key):
     return c0, c1, c2, c3
 
 
-def dropout_reference(x, seed, p):
-    """y for this seed (int64 tensor of one element) in plain PyTorch."""
+def factors_reference(n, seed, p, inverted=True):
+    """What the first n elements of the stream of this seed are multiplied by, in plain PyTorch; fp64."""
     low = 0xFFFFFFFF
-    group = torch.arange(-(-x.numel() // 4), device=x.device)
+    group = torch.arange(-(-n // 4), device=seed.device)
     zero = torch.zeros_like(group)
     counter, key = (group & low, group >> 32, zero, zero), (seed & low, (seed >> 32) & low)
     words = torch.stack(philox_reference(counter, key), dim=1)
-    threshold, scale = _threshold_and_scale(p)
-    kept = (words.reshape(-1)[: x.numel()] >= threshold).reshape(x.shape)
-    return x * (kept.to(x.dtype) * scale)
+    threshold, scale = threshold_and_scale(p, inverted)
+    return (words.reshape(-1)[:n] >= threshold).double() * scale
 
 
-def _threshold_and_scale(p):
+def dropout_reference(x, seed, p, inverted=True):
+    """y for this seed (int64 tensor of one element) in plain PyTorch."""
+    return x * factors_reference(x.numel(), seed, p, inverted).reshape(x.shape).to(x.dtype)
+
+
+def threshold_and_scale(p, inverted=True):
+    """Words below the threshold drop; what is kept is multiplied by the scale."""
     # at p = 1 the scale 0 drops what the largest threshold would keep
-    return min(round(p * 2**32), 2**32 - 1), 0.0 if p == 1 else 1.0 / (1.0 - p)
+    return min(round(p * 2**32), 2**32 - 1), 0.0 if p == 1 else 1.0 / (1.0 - p) if inverted else 1.0
 
 
 def _why_not(backend, x, inplace):
@@ -87,55 +95,52 @@ def _memory_order(x):
     return size(dims[:a]), size(dims[k:]), size(dims[a:k])
 
 
-def dropout_forward(x, seed, p, backend):
+def dropout_forward(x, seed, p, backend, inverted=True):
     """Launch the kernel; returns y in the memory order of x. Of a gradient it returns the gradient of the input."""
     y = torch.empty_like(x)  # dense, also where x is not
-    _launch(common.with_strides_of(x, y), y, seed, p, backend)
+    _launch(common.with_strides_of(x, y), y, seed, threshold_and_scale(p, inverted), backend)
     return y
 
 
-def dropout_forward_(x, seed, p, backend):
+def dropout_forward_(x, seed, p, backend, inverted=True):
     """The same, written over x."""
-    _launch(x, x, seed, p, backend)
+    _launch(x, x, seed, threshold_and_scale(p, inverted), backend)
 
 
-def _launch(x, y, seed, p, backend):
+def _launch(x, y, seed, draw, backend):
     if x.numel() == 0:
         return
     memory_order = _memory_order(y)
     if memory_order is None:
         contiguous = x.contiguous()
-        _launch(contiguous, contiguous, seed, p, backend)
+        _launch(contiguous, contiguous, seed, draw, backend)
         y.copy_(contiguous)
     elif backend == "cpu":
-        _launch_cpu(x, y, seed, p, memory_order)
+        _launch_cpu(x, y, seed, draw, memory_order)
     else:
-        _launch_triton(x, y, seed, p, memory_order)
+        _launch_triton(x, y, seed, draw, memory_order)
 
 
-def _launch_triton(x, y, seed, p, memory_order):
+def _launch_triton(x, y, seed, draw, memory_order):
     from fastcnn.kernels.triton.dropout import dropout_kernel, dropout_transposed_kernel
 
-    threshold, scale = _threshold_and_scale(p)
     numel, (_, P, C) = x.numel(), memory_order
     common_arguments = dict(INT64=common.exceeds_int32(x), BLOCK=BLOCK)
     grid = (-(-numel // BLOCK),)
     with common.device_guard(x):
         if P == 1:
-            dropout_kernel[grid](x, y, seed, numel, threshold, scale, **common_arguments)
+            dropout_kernel[grid](x, y, seed, numel, *draw, **common_arguments)
         else:
-            dropout_transposed_kernel[grid](
-                x, y, seed, numel, P, C, threshold, scale, QUADS=P % 4 == 0, **common_arguments
-            )
+            dropout_transposed_kernel[grid](x, y, seed, numel, P, C, *draw, QUADS=P % 4 == 0, **common_arguments)
 
 
-def _launch_cpu(x, y, seed, p, memory_order):
+def _launch_cpu(x, y, seed, draw, memory_order):
     import numpy as np
 
     from fastcnn.kernels.cpu.dropout import dropout, dropout_channels_last
 
     N, P, C = memory_order
-    threshold, scale = _threshold_and_scale(p)
+    threshold, scale = draw
     scale = np.float64(scale) if x.dtype == torch.float64 else np.float32(scale)
     arguments = (np.int64(seed.item()), np.uint64(threshold), scale)
     common.cpu_threads(x.numel())
@@ -147,36 +152,38 @@ def _launch_cpu(x, y, seed, p, memory_order):
 
 
 _forward = common.register(
-    "dropout(Tensor input, Tensor seed, float p, str backend) -> Tensor",
+    "dropout(Tensor input, Tensor seed, float p, str backend, bool inverted=True) -> Tensor",
     dropout_forward,
     lambda x, *_: torch.empty_like(x),
 )
 _forward_ = common.register(
-    "dropout_(Tensor(a!) input, Tensor seed, float p, str backend) -> ()", dropout_forward_, lambda *_: None
+    "dropout_(Tensor(a!) input, Tensor seed, float p, str backend, bool inverted=True) -> ()",
+    dropout_forward_,
+    lambda *_: None,
 )
 
 
 class DropoutFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seed, p, inplace, backend):
+    def forward(ctx, x, seed, p, inplace, backend, inverted=True):
         ctx.save_for_backward(seed)
-        ctx.arguments = (p, backend, common.is_channels_last(x))
+        ctx.arguments = (p, backend, inverted, common.is_channels_last(x))
         if inplace:
-            _forward_(x, seed, p, backend)
+            _forward_(x, seed, p, backend, inverted)
             ctx.mark_dirty(x)
             return x
-        return _forward(x, seed, p, backend)
+        return _forward(x, seed, p, backend, inverted)
 
     @staticmethod
     def backward(ctx, grad_output):
         (seed,) = ctx.saved_tensors
-        p, backend, channels_last = ctx.arguments
+        p, backend, inverted, channels_last = ctx.arguments
         if channels_last:
             grad_output = grad_output.contiguous(memory_format=torch.channels_last)
         # linear in x: the gradient is the same op, and so is the gradient's gradient
         if torch.is_grad_enabled():
-            return DropoutFunction.apply(grad_output, seed, p, False, backend), None, None, None, None
-        return _forward(grad_output, seed, p, backend), None, None, None, None
+            return DropoutFunction.apply(grad_output, seed, p, False, backend, inverted), *[None] * 5
+        return _forward(grad_output, seed, p, backend, inverted), *[None] * 5
 
 
 _op = Op(
@@ -187,7 +194,7 @@ _op = Op(
 )
 
 
-def dropout(input, p=0.5, training=True, inplace=False):
+def dropout(input, p=0.5, training=True, inplace=False, *, inverted=True):
     """Zero each element with probability p and scale the others by 1 / (1 - p); the identity in evaluation.
 
     As torch.nn.functional.dropout, with a random stream of its own and no mask kept for backward.
@@ -197,6 +204,7 @@ def dropout(input, p=0.5, training=True, inplace=False):
         p: probability of dropping, between 0 and 1.
         training: False returns input itself.
         inplace: write over input and return it.
+        inverted: False for plain dropout: training leaves what is kept as it is, evaluation multiplies by 1 - p.
 
     Returns:
         tensor with the shape, dtype and layout of input.
@@ -206,19 +214,35 @@ def dropout(input, p=0.5, training=True, inplace=False):
         ValueError: p is not between 0 and 1.
     """
     common.check_tensor("input", input)
+    check_p_and_flags(p, training=training, inplace=inplace, inverted=inverted)
+    if p == 0 or input.numel() == 0:
+        return input
+    if not training:
+        if inverted:
+            return input
+        common.check_float("input", input)
+        return input.mul_(1 - p) if inplace else input * (1 - p)
+    common.check_float("input", input)
+    backend = _op.route(input, lambda backend: _why_not(backend, input, inplace))
+    if backend == "torch":
+        if inverted:
+            return F.dropout(input, p, training, inplace)
+        kept = torch.empty_like(input).bernoulli_(1 - p)
+        return input.mul_(kept) if inplace else input * kept
+    return DropoutFunction.apply(input, draw_seed(input), float(p), inplace, backend, inverted)
+
+
+def draw_seed(tensor):
+    """A seed from the default generator of the tensor's device, and there; a host number a CUDA graph would freeze."""
+    return torch.randint(2**63 - 1, (), device=tensor.device)
+
+
+def check_p_and_flags(p, **flags):
+    """Raise unless p is a probability and the flags are bools."""
     if isinstance(p, bool) or not isinstance(p, numbers.Real):
         raise TypeError(f"p must be a float, got {p!r}")
     if not 0 <= p <= 1:
         raise ValueError(f"p (the dropout probability) has to be between 0 and 1, but got {p}")
-    for name, value in (("training", training), ("inplace", inplace)):
+    for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool, got {value!r}")
-    if not training or p == 0 or input.numel() == 0:
-        return input
-    common.check_float("input", input)
-    backend = _op.route(input, lambda backend: _why_not(backend, input, inplace))
-    if backend == "torch":
-        return F.dropout(input, p, training, inplace)
-    # on the tensor's device and of the default generator there; a host number would be frozen into a CUDA graph
-    seed = torch.randint(2**63 - 1, (), device=input.device)
-    return DropoutFunction.apply(input, seed, float(p), inplace, backend)

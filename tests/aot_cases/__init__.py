@@ -10,7 +10,7 @@ from aot_cases.losses import cross_entropy
 from aot_cases.norms import batch_norm
 from aot_cases.optimizers import optimizers
 from aot_cases.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
-from aot_cases.random import dropout
+from aot_cases.random import dropout, feature_dropout
 
 CASES = {
     cases.__name__: cases
@@ -25,6 +25,7 @@ CASES = {
         conv_transpose2d,
         cross_entropy,
         dropout,
+        feature_dropout,
         linear,
         max_pool2d,
         optimizers,
