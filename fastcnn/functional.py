@@ -12,6 +12,7 @@ from fastcnn.ops.batch_norm import batch_norm
 from fastcnn.ops.conv2d import conv2d
 from fastcnn.ops.conv_transpose2d import conv_transpose2d
 from fastcnn.ops.cross_entropy import cross_entropy
+from fastcnn.ops.drop_connect import drop_connect_conv2d, drop_connect_linear
 from fastcnn.ops.dropout import dropout
 from fastcnn.ops.feature_dropout import dropout1d, dropout2d, dropout3d
 from fastcnn.ops.linear import linear
@@ -25,6 +26,8 @@ __all__ = [
     "conv2d",
     "conv_transpose2d",
     "cross_entropy",
+    "drop_connect_conv2d",
+    "drop_connect_linear",
     "dropout",
     "dropout1d",
     "dropout2d",

@@ -48,6 +48,19 @@ CASES = {
         lambda F, x: F.cross_entropy(x, TARGET.to(x.device), label_smoothing=0.1),
         lambda: [randn(4, 5)],
     ),
+    # of so small a probability that nothing is dropped
+    "drop_connect_conv2d": (
+        lambda F, x, w, b: (
+            F.conv2d(x, w, b, 2, 1, 1, 2)
+            if F is torch.nn.functional
+            else F.drop_connect_conv2d(x, w, b, 2, 1, 1, 2, 1e-10)
+        ),
+        lambda: [image(), randn(6, 2, 3, 3), randn(6)],
+    ),
+    "drop_connect_linear": (
+        lambda F, x, w, b: F.linear(x, w, b) if F is torch.nn.functional else F.drop_connect_linear(x, w, b, 1e-10),
+        lambda: [randn(3, 2, 5), randn(7, 5), randn(7)],
+    ),
     "dropout": (lambda F, x: F.dropout(x, 0.4), lambda: [image()]),
     "dropout1d": (lambda F, x: F.dropout1d(x, 0.4), lambda: [randn(5, 7, 3)]),
     "dropout2d": (lambda F, x: F.dropout2d(x, 0.4), lambda: [image()]),

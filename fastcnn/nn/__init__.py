@@ -10,6 +10,8 @@ from fastcnn import functional  # noqa: F401
 from fastcnn.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh  # noqa: F401
 from fastcnn.nn.conv import Conv2d, ConvTranspose2d, Linear  # noqa: F401
 from fastcnn.nn.dropout import (  # noqa: F401
+    DropConnectConv2d,
+    DropConnectLinear,
     Dropout,
     Dropout1d,
     Dropout2d,

@@ -59,3 +59,46 @@ class StochasticDepth(nn.Module):
 
     def extra_repr(self):
         return f"p={self.p}, mode={self.mode}"
+
+
+class DropConnectLinear(nn.Linear):
+    """torch.nn.Linear of which training drops weights: fastcnn.functional.drop_connect_linear.
+
+    Args:
+        args, kwargs: as of torch.nn.Linear.
+        p: probability of dropping a weight.
+    """
+
+    def __init__(self, *args, p=0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.p = p
+
+    def forward(self, input):
+        return F.drop_connect_linear(input, self.weight, self.bias, self.p, self.training)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, p={self.p}"
+
+
+class DropConnectConv2d(nn.Conv2d):
+    """torch.nn.Conv2d of which training drops weights: fastcnn.functional.drop_connect_conv2d.
+
+    Args:
+        args, kwargs: as of torch.nn.Conv2d.
+        p: probability of dropping a weight.
+    """
+
+    def __init__(self, *args, p=0.5, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.p = p
+
+    def _conv_forward(self, input, weight, bias):
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        return F.drop_connect_conv2d(input, weight, bias, *geometry, self.p, self.training)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, p={self.p}"

@@ -438,25 +438,8 @@ def _pytorchs(input, weight, bias=None, *others, **named):
     return F.conv2d(input, weight, bias, *others, **named)
 
 
-@_op.torch_first(_pytorchs)
-def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """2-D convolution, as torch.nn.functional.conv2d.
-
-    Args:
-        input: [N, C, H, W] or [C, H, W], any strides; fp16, bf16, fp32, fp64 (others run on PyTorch).
-        weight: [K, C / groups, R, S], of input's dtype.
-        bias: [K] or None.
-        stride, dilation: int or (height, width), at least 1.
-        padding: int or (height, width), at least 0; 'valid' for none; 'same' for an output as large, with stride 1.
-        groups: divides C and K.
-
-    Returns:
-        [N, K, P, Q] or [K, P, Q]; channels_last if input or weight is. NaN and Inf stay under the filters that read
-        them, except that groups of few channels share tiles: there they may reach other groups at the same pixel.
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
-    """
+def check_convolution(input, weight, bias, stride, padding, dilation, groups):
+    """Raise unless conv2d can take these arguments; (size, stride, padding, dilation) of the host functions."""
     common.check_tensor("input", input, (3, 4))
     check_operands(input, weight, bias, (4,))
     strides = common.pair("stride", stride, 1)
@@ -489,7 +472,29 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
             f"{extent[0]} x {extent[1]} with its dilation"
         )
     size = [(padded[d] - extent[d]) // strides[d] + 1 for d in (0, 1)]
+    return size, strides, pads, dilations
 
+
+@_op.torch_first(_pytorchs)
+def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """2-D convolution, as torch.nn.functional.conv2d.
+
+    Args:
+        input: [N, C, H, W] or [C, H, W], any strides; fp16, bf16, fp32, fp64 (others run on PyTorch).
+        weight: [K, C / groups, R, S], of input's dtype.
+        bias: [K] or None.
+        stride, dilation: int or (height, width), at least 1.
+        padding: int or (height, width), at least 0; 'valid' for none; 'same' for an output as large, with stride 1.
+        groups: divides C and K.
+
+    Returns:
+        [N, K, P, Q] or [K, P, Q]; channels_last if input or weight is. NaN and Inf stay under the filters that read
+        them, except that groups of few channels share tiles: there they may reach other groups at the same pixel.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
+    """
+    size, strides, pads, dilations = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)

@@ -35,21 +35,8 @@ def _why_not(backend, input, weight, bias):
     return None
 
 
-@_op.torch_first(F.linear)
-def linear(input, weight, bias=None):
-    """Affine map of the last dimension, as torch.nn.functional.linear.
-
-    Args:
-        input: [..., in], any strides; fp16, bf16, fp32, fp64 (others run on PyTorch).
-        weight: [out, in] or [in], of input's dtype.
-        bias: [out] or None; also what broadcasts to it.
-
-    Returns:
-        [..., out], contiguous; [...] for a weight [in].
-
-    Raises:
-        TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
-    """
+def check_linear(input, weight, bias):
+    """Raise unless linear can take these arguments."""
     common.check_tensor("input", input)
     if input.dim() == 0:
         raise ValueError("input must have at least 1 dimension, got a scalar")
@@ -66,12 +53,29 @@ def linear(input, weight, bias=None):
         ):
             raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
+
+@_op.torch_first(F.linear)
+def linear(input, weight, bias=None):
+    """Affine map of the last dimension, as torch.nn.functional.linear.
+
+    Args:
+        input: [..., in], any strides; fp16, bf16, fp32, fp64 (others run on PyTorch).
+        weight: [out, in] or [in], of input's dtype.
+        bias: [out] or None; also what broadcasts to it.
+
+    Returns:
+        [..., out], contiguous; [...] for a weight [in].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
+    """
+    check_linear(input, weight, bias)
     backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight, bias)), input)
     if backend == "torch":
         return F.linear(input, weight, bias)
     if bias is not None:
         bias = bias.to(compute_dtype(bias)).expand(weight.shape[0])
-    rows = input.to(compute_dtype(input)).reshape(-1, features)[:, :, None, None]
+    rows = input.to(compute_dtype(input)).reshape(-1, weight.shape[1])[:, :, None, None]
     filters = weight.to(compute_dtype(weight))[:, :, None, None]
     one = (1, 1)
     y = Conv2dFunction.apply(rows, filters, bias, one, one, (0, 0), one, 1, "matmul", backend)
