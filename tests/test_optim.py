@@ -11,19 +11,24 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 
 import fastcnn
 import fastcnn.optim
-from fastcnn.optim import multi_tensor
+from fastcnn.optim import multi_tensor, table
 from fastcnn.testing import assert_close_to_truth
 
 LANES = ("triton", "cpu")
-INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in ("Adam", "AdamW", "SGD")}
+INFOS = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in fastcnn.optim.__all__}
 # empty, scalar, a vector, an odd matrix, one element more than a Triton chunk
-SHAPES = [(0, 4), (), (7,), (3, 5), (multi_tensor.BLOCK + 1,)]
+SHAPES = [(0, 4), (), (7,), (3, 5), (table.BLOCK + 1,)]
 VARIANTS = [
     ("Adam", {}),
     ("Adam", {"amsgrad": True, "weight_decay": 0.1}),
     ("AdamW", {"weight_decay": 0.1}),
     ("SGD", {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
     ("SGD", {"momentum": 0.9, "dampening": 0.5}),
+    ("Adagrad", {"lr_decay": 0.1, "weight_decay": 0.1, "initial_accumulator_value": 0.1}),
+    ("RMSprop", {"weight_decay": 0.1}),
+    ("RMSprop", {"centered": True, "momentum": 0.9}),
+    ("NAdam", {"weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {"betas": (0.8, 0.9)}),
 ]
 variants = pytest.mark.parametrize("name, kwargs", VARIANTS, ids=[f"{n} {sorted(k)}" for n, k in VARIANTS])
 
@@ -258,7 +263,7 @@ def test_infinite_parameters_without_weight_decay(lane):
 
 
 def test_a_thousand_tensors_and_chunk_borders(lane):
-    chunk = multi_tensor.CPU_CHUNK if lane.name == "cpu" else multi_tensor.BLOCK
+    chunk = table.CPU_CHUNK if lane.name == "cpu" else table.BLOCK
     shapes = [(chunk - 1,), (chunk,), (chunk + 1,), (2 * chunk,)] + [
         (1 + i % 3,) for i in range(1000 if lane.name == "cpu" else 60)
     ]

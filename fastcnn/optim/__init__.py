@@ -5,10 +5,12 @@ Names that fastcnn does not have come from torch.optim, so `import fastcnn.optim
 
 import torch.optim
 
-from fastcnn.optim.adam import Adam, AdamW
-from fastcnn.optim.sgd import SGD
+from fastcnn.optim.adam import Adam, AdamW, NAdam, RAdam
+from fastcnn.optim.lion import Lion
+from fastcnn.optim.rmsprop import Adagrad, RMSprop
+from fastcnn.optim.sgd import LARS, SGD
 
-__all__ = ["SGD", "Adam", "AdamW"]
+__all__ = ["LARS", "SGD", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "RAdam", "RMSprop"]
 
 
 def __getattr__(name):

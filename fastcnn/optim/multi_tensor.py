@@ -3,37 +3,35 @@
 Constructor, param groups, hooks and state_dict are torch.optim's, so a checkpoint of one loads into the other. A step
 has two passes: the first checks every gradient, chooses what runs and creates missing state; the second updates. So an
 error leaves all parameters as they were.
+
+What every optimizer takes besides torch's arguments, all in the same pass over memory:
+
+* l1: the L1 penalty, l1 * sign(p) joins the gradient where L2 decay does; with weight_decay, the elastic net.
+* max_grad_norm: all gradients of the optimizer are multiplied by min(1, max_grad_norm / (norm + 1e-6)), norm that of
+  all of them together, as by torch.nn.utils.clip_grad_norm_ before the step (after a GradScaler's unscaling); .grad
+  itself is not changed, and nothing waits for the GPU. `grad_norm` holds the norm.
+* ema_decay: the Polyak average of each parameter, state "ema": average = ema_decay * average + (1 - ema_decay) * p,
+  from the value before the first step on. `ema_weights` puts it into the model.
+* bf16_copy: each fp32 parameter rounded to bf16 at the end of each step, state "bf16".
+
+They stand in the param groups where they are asked for, and max_grad_norm in `defaults`: it belongs to no group.
+
+Sources: Polyak and Juditsky 1992 (average); Pascanu et al. 2013 (clipping).
 """
 
-import operator
+import contextlib
+import inspect
 from functools import partial
 
-import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastcnn.backends import current_backend
 from fastcnn.ops import common
+from fastcnn.optim.norms import clip_factor
+from fastcnn.optim.table import NUMPY_LIKE, Bucket, in_order_of, is_dtensor, local
 
-BLOCK, WARPS = 2048, 8  # elements and warps of a program; one choice for every size: the kernels stream memory
-REGISTERS = 255  # per thread: left alone, the assembler of Triton 3.6 spills to fit one more block
-CPU_CHUNK = 16384  # elements per turn of a thread
-NUMPY_DTYPES = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
-
-
-def in_order_of(tensor, param):
-    """The tensor itself if its elements lie in memory in the order of the dense param, else a copy that does."""
-    if tensor.shape != param.shape or tensor.device != param.device:
-        raise RuntimeError(
-            f"a parameter of shape {tuple(param.shape)} on {param.device} has state of shape {tuple(tensor.shape)} on "
-            f"{tensor.device}: make the optimizer after changing or moving the model"
-        )
-    if tensor.stride() == param.stride() and tensor.dtype == param.dtype:
-        return tensor
-    strides = zip(tensor.stride(), param.stride(), param.shape, strict=True)
-    if tensor.dtype == param.dtype and all(a == b or size == 1 for a, b, size in strides):
-        return tensor
-    return torch.empty_like(param).copy_(tensor)
+OPTIONS = {"l1": 0.0, "max_grad_norm": None, "ema_decay": None, "bf16_copy": False}
+AVERAGE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
 def number(value):
@@ -45,153 +43,141 @@ def _is_on_gpu(value):
     return isinstance(value, torch.Tensor) and value.is_cuda
 
 
-def _memory_refusal(params):
-    """None if the memory of each parameter is one block of its own, else the sentence that says why not."""
-    for p in params:
-        if is_traceable_wrapper_subclass(p):
-            return f"a parameter is a {type(p).__name__}, whose memory is not one tensor's"
-        if not common.is_dense(p):
-            return f"the elements of a parameter do not fill one block of memory: {tuple(p.shape)} strided {p.stride()}"
-    addresses = [p.data_ptr() for p in params if p.numel()]
-    if len(set(addresses)) != len(addresses):
-        return "two parameters share their memory, and PyTorch updates them one after the other"
-    return None
-
-
 def _why_not(backend, bucket, slower):
     if torch.compiler.is_compiling():
         return "torch.compile traces PyTorch's own step"
     group = bucket.group
-    if group["differentiable"]:
+    if group.get("differentiable"):
         return "differentiable=True records every operation, and a kernel is one to autograd"
     dtype = bucket.params[0].dtype
-    if backend == "cpu" and dtype not in NUMPY_DTYPES:
+    if backend == "cpu" and dtype not in NUMPY_LIKE:
         return f"the CPU kernels take float32 and float64 parameters and got {dtype}"
     if dtype not in common.FLOATS:
         return f"the kernels take fp16, bf16, fp32 and fp64 parameters and got {dtype}"
-    for name in ("betas", "eps", "weight_decay", "momentum", "dampening"):
-        values = group.get(name, ())
-        if any(_is_on_gpu(v) for v in (values if isinstance(values, (tuple, list)) else (values,))):
+    for name, value in group.items():
+        if name not in ("params", "lr") and any(
+            map(_is_on_gpu, value if isinstance(value, (tuple, list)) else (value,))
+        ):
             return f"{name} is a tensor on a GPU, and the kernels take it from the host"
-    if backend == "cpu" and slower is not None and current_backend() == "auto":
+    if bucket.refusal is None and backend == "cpu" and slower is not None and current_backend() == "auto":
         return slower
     return bucket.refusal
 
 
-class Table:
-    """The addresses of many tensors and the chunks of work, where the kernel reads them.
-
-    Args:
-        rows: lists of ints, one per tensor: addresses; the last row is the optimizer's own.
-        sizes: numbers of elements of the tensors.
-        device: of the tensors.
-        previous: the table this one replaces, or None.
-    """
-
-    def __init__(self, rows, sizes, device, backend, previous):
-        self.rows, self.sizes = rows, sizes
-        self.host = []
-        self.aligned = not any(address % 16 for row in rows[:-1] for address in row)  # 16-byte loads may start anywhere
-        if backend == "cpu":
-            self.table = np.array(rows, np.int64)
-        else:
-            self.table = self._send(np.array([*rows, sizes], np.int64), device)
-        if previous is not None and previous.sizes == sizes:
-            self.chunks, self.count = previous.chunks, previous.count
-            return
-        chunk = CPU_CHUNK if backend == "cpu" else BLOCK
-        counts = -(-np.array(sizes, np.int64) // chunk)
-        tensor = np.repeat(np.arange(len(sizes)), counts)
-        index = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-        self.count = len(tensor)
-        if backend == "cpu":
-            length = np.minimum(np.array(sizes, np.int64)[tensor] - index * chunk, chunk)
-            self.chunks = np.stack([tensor, index * chunk, length], axis=1)
-        else:
-            self.chunks = self._send(np.stack([tensor, index], axis=1).astype(np.int32), device)
-
-    def _send(self, array, device):
-        tensor = torch.from_numpy(array)
-        if device.type != "cuda":
-            return tensor
-        # from pinned memory the copy is asynchronous; a CUDA graph repeats it at each replay: keep the memory
-        self.host.append(tensor.pin_memory())
-        return self.host[-1].to(device, non_blocking=True)
-
-
-class Bucket:
-    """The parameters of one group, device and dtype that have gradients, and what can be kept from step to step.
-
-    Reading sizes and strides of every tensor costs as much as updating a small network. So those of the state are read
-    again only when a parameter lies elsewhere or a state tensor is another one.
-    """
-
-    def __init__(self):
-        self.memory = self.refusal = self.state = self.state_ints = self.backend = self.table = None
-
-    def begin(self, index, group, params):
-        """Look at the parameters of this step; raise if the memory of one and of its gradient disagree."""
-        self.group, self.params = group, params
-        memory = [(p.data_ptr(), p.shape, p.stride()) for p in params]
-        if memory == self.memory:
-            return
-        for p in params:
-            if p.grad.shape != p.shape or p.grad.device != p.device:
-                raise RuntimeError(
-                    f"a parameter of group {index} is {tuple(p.shape)} on {p.device} and its gradient "
-                    f"{tuple(p.grad.shape)} on {p.grad.device}"
-                )
-        self.memory, self.state, self.refusal = memory, None, _memory_refusal(params)
-        self.sizes = [p.numel() for p in params]
-        self.total = sum(self.sizes)
-
-    def set_state(self, rows, fit):
-        """Take the rows of the state; fit(group, params, rows) brings those not seen before into shape."""
-        if self.state is not None and len(rows) == len(self.state):
-            if all(all(map(operator.is_, row, old)) for row, old in zip(rows, self.state, strict=True)):
-                return
-        fit(self.group, self.params, rows)
-        self.state = rows
-        self.state_ints = [
-            [t.data_ptr() for t in row] if isinstance(row[0], torch.Tensor) else row for row in self.state
-        ]
-
-    def make_table(self, backend):
-        """Gradients in the memory order of their parameters, and the table for this step."""
-        grads = [
-            p.grad if p.grad.stride() == memory[2] else in_order_of(p.grad, p)
-            for p, memory in zip(self.params, self.memory, strict=True)
-        ]
-        rows = [[memory[0] for memory in self.memory], [g.data_ptr() for g in grads], *self.state_ints]
-        if self.table is None or self.backend != backend or self.table.rows != rows or self.table.sizes != self.sizes:
-            previous = self.table if self.backend == backend else None
-            self.table = Table(rows, self.sizes, self.params[0].device, backend, previous)
-            self.backend = backend
-        return grads
+def _check(options):
+    """Raise unless these values of `OPTIONS` are right."""
+    l1, decay = options.get("l1", 0.0), options.get("ema_decay")
+    if not 0 <= l1:
+        raise ValueError(f"l1 must not be negative, got {l1}")
+    if decay is not None and not 0 <= decay < 1:
+        raise ValueError(f"ema_decay must be None or in [0, 1), got {decay}")
+    norm = options.get("max_grad_norm")
+    if norm is not None and not 0 < norm:
+        raise ValueError(f"max_grad_norm must be None or positive, got {norm}")
+    if not isinstance(options.get("bf16_copy", False), bool):
+        raise TypeError(f"bf16_copy must be a bool, got {options['bf16_copy']!r}")
 
 
 class MultiTensorStep:
     """Mixin: `step` of a torch.optim optimizer by our kernels.
 
-    A subclass has `_op`; `_names(group)`, the state tensors shaped as their parameter; `_rows(group, params)`, these
-    and one row more, created where missing, as they stand in the table; `_launch_cpu` and `_launch_triton`; and
-    `_torch_update`, the same step by PyTorch.
+    A subclass has `_op`; `_names(group)`, the state tensors shaped as their parameter; `_launch_cpu` and
+    `_launch_triton`; and `_torch_update`, the same step by PyTorch.
     """
 
     # GradScaler hands us grad_scale and found_inf instead of waiting for the GPU
     _step_supports_amp_scaling = True
+    _scalars = ()  # the state that is one number per parameter
+    _accepts_sparse = False
+    _more_options = {}
+    grad_norm = None  # 0-d fp64 tensor: the norm of all gradients at the last step, with max_grad_norm
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        cls.__signature__ = None
+        if "__init__" not in cls.__dict__:
+            # torch's arguments and ours, for help() and editors
+            bases = [base for base in cls.__mro__[1:] if "__init__" in base.__dict__ and base is not MultiTensorStep]
+            signature = inspect.signature(bases[0])
+            more = [
+                inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value)
+                for name, value in {**cls._more_options, **OPTIONS}.items()
+            ]
+            cls.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *more])
+
+    def __init__(self, params, *args, **kwargs):
+        asked = {name: kwargs.pop(name) for name in (*self._more_options, *OPTIONS) if name in kwargs}
+        _check(asked)
+        super().__init__(params, *args, **kwargs)
+        defaults = {**OPTIONS, **self._more_options}
+        asked = {name: value for name, value in asked.items() if value != defaults[name]}
+        self.defaults.update(asked)
+        for group in self.param_groups:
+            self._set_options(group)
+
+    def _set_options(self, group):
+        for name in (*self._more_options, *OPTIONS):
+            if name in self.defaults and name != "max_grad_norm":
+                group.setdefault(name, self.defaults[name])
 
     def __setstate__(self, state):
         super().__setstate__(state)
         self._buckets = {}  # let go of the state that a checkpoint replaces
+        for group in self.param_groups:
+            self._set_options(group)  # a checkpoint of torch's has none
+
+    def load_state_dict(self, state_dict):
+        """As torch.optim; an average of 16-bit parameters keeps its precision."""
+        super().load_state_dict(state_dict)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
+            average = state_dict["state"].get(i, {}).get("ema")
+            if average is not None and p.dtype in AVERAGE_DTYPES:
+                self.state[p]["ema"] = average.to(p.device, AVERAGE_DTYPES[p.dtype], copy=True)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
-        for i, p in enumerate(self.param_groups[-1]["params"]):
-            if p.is_complex() or p.layout != torch.strided:
-                self.param_groups.pop()
-                kind = "complex" if p.is_complex() else "sparse"
-                raise ValueError(f"{type(self).__name__} does not support {kind} parameters: params[{i}] is {p.dtype}")
+        group = self.param_groups[-1]
+        try:
+            _check(group)
+            if "max_grad_norm" in group:
+                raise ValueError(
+                    "max_grad_norm is for all gradients together: give it to the optimizer, not to a group"
+                )
+            for i, p in enumerate(group["params"]):
+                if p.is_complex() or p.layout != torch.strided:
+                    kind = "complex" if p.is_complex() else "sparse"
+                    raise ValueError(
+                        f"{type(self).__name__} does not support {kind} parameters: params[{i}] is {p.dtype}"
+                    )
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._set_options(group)
+
+    @contextlib.contextmanager
+    def ema_weights(self):
+        """Context: inside it every parameter that has one holds its average, afterwards its own value again.
+
+        Buffers, such as the running statistics of batch norm, are not averaged: re-estimate them inside the block if
+        the network has any.
+
+        Raises:
+            RuntimeError: there are no averages: no ema_decay, or no step so far.
+        """
+        pairs = [(p, state["ema"]) for p, state in self.state.items() if "ema" in state]
+        if not pairs:
+            raise RuntimeError("no parameter has an average: give the optimizer ema_decay and take a step first")
+        own = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, own, strict=True):
+                    p.copy_(value)
 
     def step(self, closure=None):
         """Update every parameter that has a gradient; as torch.optim.
@@ -203,13 +189,14 @@ class MultiTensorStep:
             what closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient is sparse or complex; nothing was updated.
+            RuntimeError: a gradient is sparse (but for SGD and Adagrad) or complex; nothing was updated.
+            NotImplementedError: an option (see the module) that gradients of this kind cannot have.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(self.defaults["differentiable"]):
+        with torch.set_grad_enabled(self.defaults.get("differentiable", False)):
             self._step()
         return loss
 
@@ -228,22 +215,29 @@ class MultiTensorStep:
             ]
         for backend, bucket in launches:
             if backend != "torch":
-                bucket.set_state(self._rows(bucket.group, bucket.params), self._fit)
+                rows = self._rows(bucket.group, bucket.params)
+                bucket.set_state(rows, len(rows) - len(self._row_names(bucket.group)), self._fit)
         for backend, bucket in launches:
-            params = bucket.params
             if scale is not None and backend != "triton":
-                torch._foreach_div_(list({id(p.grad): p.grad for p in params}.values()), number(scale))
+                for grad in {id(p.grad): p.grad for p in bucket.params}.values():
+                    grad.div_(number(scale))
+            if backend != "torch":
+                bucket.make_table(backend)
+        clip = None
+        if "max_grad_norm" in self.defaults and launches:
+            clip = clip_factor(launches, float(self.defaults["max_grad_norm"]), scale)
+            self.grad_norm = clip[1]
+        for backend, bucket in launches:
             if backend == "torch":
-                self._torch_update({**bucket.group, "params": params})
+                self._update_torch(bucket, clip)
                 continue
-            grads = bucket.make_table(backend)
             # the kernel writes where autograd does not see it: a backward that needs the old values must notice
-            torch.autograd.graph.increment_version(params)
+            torch.autograd.graph.increment_version(bucket.params)
             if backend == "cpu":
                 common.cpu_threads(bucket.total // 8)  # waking a second thread costs as much as 250,000 elements
-                self._launch_cpu(bucket.group, bucket.table, NUMPY_DTYPES[params[0].dtype])
+                self._launch_cpu(bucket, self._cpu_arguments(bucket, clip))
             else:
-                self._update_triton(bucket, grads, scale, found)
+                self._update_triton(bucket, scale, found, clip)
 
     def _begin(self):
         """The buckets of this step; raises what is wrong with a gradient before anything is changed."""
@@ -253,28 +247,83 @@ class MultiTensorStep:
                 grad = p.grad
                 if grad is None:
                     continue
+                kind = None
                 if grad.layout is not torch.strided or grad.is_complex():
                     kind = "complex" if grad.is_complex() else "sparse"
-                    raise RuntimeError(
-                        f"{type(self).__name__} does not support {kind} gradients: parameter {i} of group {index}, of "
-                        f"shape {tuple(p.shape)}, has one"
-                    )
-                members.setdefault((index, p.device, p.dtype), []).append(p)
+                    if kind == "complex" or not self._accepts_sparse:
+                        raise RuntimeError(
+                            f"{type(self).__name__} does not support {kind} gradients: parameter {i} of group {index}, "
+                            f"of shape {tuple(p.shape)}, has one"
+                        )
+                elif type(p) is not torch.nn.Parameter and is_dtensor(p):
+                    kind = "distributed"
+                members.setdefault((index, p.device, p.dtype, kind), []).append(p)
         kept = self.__dict__.setdefault("_buckets", {})
         buckets = []
         for key, params in members.items():
+            group = self.param_groups[key[0]]
+            self._check_kind(key[3], group)
             bucket = kept.setdefault(key, Bucket())
-            bucket.begin(key[0], self.param_groups[key[0]], params)
-            if params[0].is_cuda and not bucket.group.get("capturable", True):
+            bucket.begin(key[0], group, params, key[3])
+            if params[0].is_cuda and not group.get("capturable", True):
                 if torch.cuda.is_current_stream_capturing():
                     raise RuntimeError(f"{type(self).__name__}.step in a CUDA graph needs capturable=True")
             buckets.append(bucket)
         return buckets
 
+    def _check_kind(self, kind, group):
+        if kind == "sparse" and (group.get("l1") or "max_grad_norm" in self.defaults):
+            raise NotImplementedError("l1 and max_grad_norm do not go with sparse gradients")
+        if kind == "distributed" and "max_grad_norm" in self.defaults:
+            raise NotImplementedError(
+                "max_grad_norm would be the norm of one process's part of DTensor parameters: call "
+                "torch.nn.utils.clip_grad_norm_ before the step instead"
+            )
+
+    def _row_names(self, group):
+        names = list(self._names(group))
+        if group.get("ema_decay") is not None:
+            names.append("ema")
+        if group.get("bf16_copy"):
+            names.append("bf16")
+        return names
+
+    def _rows(self, group, params):
+        """The state as it stands in the table, created where missing: `_row_names`, then the scalars."""
+        names = (*self._row_names(group), *self._scalars)
+        states = [self.state[p] for p in params]
+        try:
+            return [[state[name] for state in states] for name in names]
+        except KeyError:
+            for p, state in zip(params, states, strict=True):
+                for name in names:
+                    if name not in state:
+                        state[name] = self._new_state(name, p)
+        return [[state[name] for state in states] for name in names]
+
+    def _new_state(self, name, p):
+        if name == "ema":
+            return p.detach().to(AVERAGE_DTYPES.get(p.dtype, p.dtype), copy=True)
+        if name == "bf16":
+            return p.detach().to(torch.bfloat16)
+        if name in self._scalars:
+            return torch.zeros((), dtype=torch.float32, device=p.device)
+        return torch.zeros_like(p)
+
     def _fit(self, group, params, rows):
-        for name, row in zip(self._names(group), rows, strict=False):
+        names = self._row_names(group)
+        for name, row in zip(names, rows, strict=False):
             for i, p in enumerate(params):
-                self.state[p][name] = row[i] = in_order_of(row[i], p)
+                dtype = {"ema": AVERAGE_DTYPES.get(p.dtype, p.dtype), "bf16": torch.bfloat16}.get(name, p.dtype)
+                self.state[p][name] = row[i] = in_order_of(row[i], p, dtype)
+                if local(row[i]).stride() != local(p).stride() and is_dtensor(p):
+                    raise RuntimeError(
+                        f"the state {name!r} of a DTensor parameter of shape {p.shape} is laid out unlike it"
+                    )
+        for name, row in zip(self._scalars, rows[len(names) :], strict=False):
+            for i, p in enumerate(params):
+                # a number in old checkpoints; on the CPU in those of torch's default
+                self.state[p][name] = row[i] = torch.as_tensor(row[i], dtype=torch.float32, device=p.device)
 
     def _slower(self, bucket):
         """None, or the sentence why PyTorch is faster on CPU."""
@@ -283,50 +332,97 @@ class MultiTensorStep:
         return False
 
     def _after_triton(self, bucket, found):
-        pass
+        # the programs of one tensor all read its step: it grows when they are done
+        if self._scalars:
+            one = 1 if found is None else (found == 0).to(torch.float32)
+            torch._foreach_add_(bucket.state[-1], one)
 
-    def _update_triton(self, bucket, grads, scale, found):
-        params, table = bucket.params, bucket.table
-        device = params[0].device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    def _update_triton(self, bucket, scale, found, clip):
+        first, table = bucket.local[0], bucket.table
+        if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.__dict__.setdefault("_captured", []).append(table)
-        if scale is not None:
-            scale = scale.to(device, non_blocking=True)
-        if found is not None:
-            found = found.to(device, non_blocking=True)
-        with common.device_guard(params[0]):
+        scale, found = (t if t is None else t.to(first.device, non_blocking=True) for t in (scale, found))
+        with common.device_guard(first):
             if table.count:
-                self._launch_triton(bucket.group, table, *self._triton_arguments(bucket, scale, found))
+                self._launch_triton(bucket, *self._triton_arguments(bucket, scale, found, clip))
             self._after_triton(bucket, found)
         if scale is not None:
-            for p, grad in zip(params, grads, strict=True):
-                if grad is not p.grad:
-                    p.grad.copy_(grad)
+            for p, grad in zip(bucket.params, bucket.grads, strict=True):
+                if grad is not local(p.grad):
+                    local(p.grad).copy_(grad)
 
     @staticmethod
-    def _triton_arguments(bucket, scale, found):
-        """What both kernels take alike: the positional arguments up to `sign`, and the keywords at the end."""
-        import triton.language as tl
-
-        group, table, params = bucket.group, bucket.table, bucket.params
-        dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-        lr = group["lr"]
-        on_device = isinstance(lr, torch.Tensor) and lr.device == params[0].device
+    def _triton_arguments(bucket, scale, found, clip):
+        """What the kernels take alike: the positional arguments up to `ema_weight`, and the keywords at the end."""
+        group, table, first = bucket.group, bucket.table, bucket.local[0]
+        lr, weight_decay, decay = group["lr"], number(group["weight_decay"]), group.get("ema_decay")
+        on_device = isinstance(lr, torch.Tensor) and lr.device == first.device
+        l1 = number(group.get("l1", 0.0))
         positional = (
             table.table,
             table.chunks,
-            len(params),
+            len(bucket.params),
             0.0 if on_device else number(lr),
             lr if on_device else None,
             scale,
             found,
+            clip,
             -1.0 if group["maximize"] else 1.0,
+            weight_decay,
+            l1,
+            0.0 if decay is None else 1.0 - decay,
         )
         keywords = dict(
-            DTYPE=dtypes.get(params[0].dtype, tl.float64),
-            ALIGNED=table.aligned,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
-            maxnreg=REGISTERS,
+            DECAY="none" if weight_decay == 0 else "decoupled" if group.get("decoupled_weight_decay") else "l2",
+            L1=l1 != 0,
+            EMA=int(decay is not None),
+            BF16=int(bool(group.get("bf16_copy"))),
+            **bucket.launch_keywords(),
         )
         return positional, keywords
+
+    def _cpu_arguments(self, bucket, clip):
+        """What the CPU kernels take alike: their first arguments."""
+        group, table = bucket.group, bucket.table
+        decay = group.get("ema_decay")
+        end = 2 + len(self._row_names(group))
+        bf16 = end - 1 if group.get("bf16_copy") else 0
+        average = 0 if decay is None else end - (2 if bf16 else 1)
+        options = (
+            1.0 if clip is None else clip[0].item(),
+            number(group.get("l1", 0.0)),
+            average,
+            0.0 if decay is None else 1.0 - decay,
+            bf16,
+        )
+        return (
+            table.table,
+            table.chunks,
+            NUMPY_LIKE[bucket.params[0].dtype],
+            options,
+            bool(group["maximize"]),
+            number(group["weight_decay"]),
+        )
+
+    def _update_torch(self, bucket, clip):
+        """The step by PyTorch, with our options around it."""
+        group, params = bucket.group, bucket.params
+        l1 = number(group.get("l1", 0.0)) * (-1 if group["maximize"] else 1)
+        grads = [p.grad for p in params]
+        names = [name for name in self._row_names(group) if name in ("ema", "bf16")]
+        # torch creates its state where there is none at all: ours waits aside
+        ours = {name: [self.state[p].pop(name, None) for p in params] for name in names}
+        for name, row in ours.items():
+            ours[name] = [self._new_state(name, p) if t is None else t for p, t in zip(params, row, strict=True)]
+        try:
+            if clip is not None or l1:
+                for p in params:
+                    grad = p.grad if clip is None else p.grad * clip[0].to(p.dtype)
+                    p.grad = grad.add(p.sign(), alpha=l1) if l1 else grad
+            self._torch_update({**group, "params": params})
+        finally:
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+        for name, row in ours.items():
+            for p, t in zip(params, row, strict=True):
+                self.state[p][name] = t.copy_(p) if name == "bf16" else t.lerp_(p.to(t.dtype), 1 - group["ema_decay"])

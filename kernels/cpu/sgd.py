@@ -1,49 +1,67 @@
-"""SGD on many arrays at once, given by their addresses. Formulas: kernels/triton/sgd.py."""
+"""SGD and LARS on many arrays at once, given by their addresses. Formulas: kernels/triton/sgd.py."""
 
 import numba
 
 from fastcnn.kernels.cpu.common import array_at
+from fastcnn.kernels.cpu.multi_tensor import decayed_gradient, finish, gradient_of
 
 
 @numba.njit(error_model="numpy")
-def _update(p, g, b, sign, lr, momentum, weight, weight_decay, nesterov, use_momentum, first):
-    # every scalar has the dtype of the arrays: one Python number would make the whole loop run in fp64
+def _plain(p, g, sign, l2, ratio, lr):
     for i in range(p.size):
-        gradient = sign * g[i]
-        if weight_decay != 0:
-            gradient += weight_decay * p[i]
-        if use_momentum:
-            b_i = gradient if first else momentum * b[i] + weight * gradient
-            b[i] = b_i
-            gradient = gradient + momentum * b_i if nesterov else b_i
-        p[i] -= lr * gradient
+        p[i] -= lr * (ratio * decayed_gradient(g[i], p[i], sign, l2))
+
+
+@numba.njit(error_model="numpy")
+def _first(p, g, b, sign, l2, ratio, lr, along):
+    for i in range(p.size):
+        b[i] = ratio * decayed_gradient(g[i], p[i], sign, l2)
+        p[i] -= lr * (along * b[i])
+
+
+@numba.njit(error_model="numpy")
+def _momentum(p, g, b, sign, l2, ratio, lr, momentum, weight):
+    for i in range(p.size):
+        b_i = momentum * b[i] + weight * (ratio * decayed_gradient(g[i], p[i], sign, l2))
+        b[i] = b_i
+        p[i] -= lr * b_i
+
+
+@numba.njit(error_model="numpy")
+def _nesterov(p, g, b, sign, l2, ratio, lr, momentum, weight):
+    for i in range(p.size):
+        g_i = ratio * decayed_gradient(g[i], p[i], sign, l2)
+        b_i = momentum * b[i] + weight * g_i
+        b[i] = b_i
+        p[i] -= lr * (g_i + momentum * b_i)
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
-def sgd(addresses, chunks, like, lr, momentum, dampening, weight_decay, nesterov, maximize):
+def sgd(addresses, chunks, like, options, maximize, weight_decay, lr, ratios, momentum, dampening, nesterov):
     """One step for every tensor of the table.
 
     Args:
-        addresses: int64 (rows, tensors): parameter, gradient, momentum buffer if momentum is not 0, 1 where that holds
-            nothing yet.
+        addresses: int64 (rows, tensors), see kernels/triton/sgd.py.
         chunks: int64 (chunks, 3): tensor, first element, number of elements.
         like: an empty array with the dtype of the tensors.
+        options: of `multi_tensor.finish`.
+        ratios: fp64, one per tensor (LARS), or none.
     """
     real = like.dtype.type
-    use_momentum = momentum != 0
+    sign = -1 if maximize else 1
     for k in numba.prange(chunks.shape[0]):
-        t, n = chunks[k, 0], chunks[k, 2]
-        offset = chunks[k, 1] * like.itemsize
-        _update(
-            array_at(addresses[0, t] + offset, n, like),
-            array_at(addresses[1, t] + offset, n, like),
-            array_at(addresses[2 if use_momentum else 0, t] + offset, n, like),
-            real(-1 if maximize else 1),
-            real(lr),
-            real(momentum),
-            real(1 - dampening),
-            real(weight_decay),
-            nesterov,
-            use_momentum,
-            addresses[addresses.shape[0] - 1, t] != 0,
-        )
+        t, start, n = chunks[k, 0], chunks[k, 1], chunks[k, 2]
+        p = array_at(addresses[0, t] + start * like.itemsize, n, like)
+        g = gradient_of(addresses, t, start, n, like, sign, options)
+        s, l2, ratio = real(sign), real(weight_decay), real(ratios[t] if ratios.size else 1.0)
+        if momentum == 0:
+            _plain(p, g, s, l2, ratio, real(lr))
+        else:
+            b = array_at(addresses[2, t] + start * like.itemsize, n, like)
+            if addresses[addresses.shape[0] - 1, t] != 0:
+                _first(p, g, b, s, l2, ratio, real(lr), real(1 + momentum if nesterov else 1.0))
+            elif nesterov:
+                _nesterov(p, g, b, s, l2, ratio, real(lr), real(momentum), real(1 - dampening))
+            else:
+                _momentum(p, g, b, s, l2, ratio, real(lr), real(momentum), real(1 - dampening))
+        finish(addresses, t, start, n, like, options)
