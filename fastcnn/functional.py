@@ -12,20 +12,35 @@ from fastcnn.ops.batch_norm import batch_norm
 from fastcnn.ops.conv2d import conv2d
 from fastcnn.ops.conv_transpose2d import conv_transpose2d
 from fastcnn.ops.cross_entropy import cross_entropy
+from fastcnn.ops.decorrelated_batch_norm import decorrelated_batch_norm
 from fastcnn.ops.drop_connect import drop_connect_conv2d, drop_connect_linear
 from fastcnn.ops.dropout import dropout
+from fastcnn.ops.elementwise_loss import (
+    binary_cross_entropy_with_logits,
+    huber_loss,
+    l1_loss,
+    mse_loss,
+    smooth_l1_loss,
+)
 from fastcnn.ops.feature_dropout import dropout1d, dropout2d, dropout3d
+from fastcnn.ops.group_norm import group_norm
+from fastcnn.ops.instance_norm import instance_norm
+from fastcnn.ops.layer_norm import layer_norm
 from fastcnn.ops.linear import linear
+from fastcnn.ops.local_response_norm import local_response_norm
 from fastcnn.ops.max_pool2d import max_pool2d
+from fastcnn.ops.multi_margin_loss import multi_margin_loss
 from fastcnn.ops.stochastic_depth import stochastic_depth
 
 __all__ = [
     "adaptive_avg_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "binary_cross_entropy_with_logits",
     "conv2d",
     "conv_transpose2d",
     "cross_entropy",
+    "decorrelated_batch_norm",
     "drop_connect_conv2d",
     "drop_connect_linear",
     "dropout",
@@ -33,14 +48,23 @@ __all__ = [
     "dropout2d",
     "dropout3d",
     "gelu",
+    "group_norm",
     "hardswish",
+    "huber_loss",
+    "instance_norm",
+    "l1_loss",
+    "layer_norm",
     "leaky_relu",
     "linear",
+    "local_response_norm",
     "max_pool2d",
+    "mse_loss",
+    "multi_margin_loss",
     "relu",
     "relu6",
     "sigmoid",
     "silu",
+    "smooth_l1_loss",
     "stochastic_depth",
     "tanh",
 ]

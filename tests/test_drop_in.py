@@ -16,6 +16,7 @@ import fastcnn
 import fastcnn.functional
 from fastcnn.backends import OPS
 from fastcnn.ops import common
+from fastcnn.ops.decorrelated_batch_norm import decorrelated_batch_norm_reference
 
 LANES = ("triton", "cpu")
 
@@ -29,12 +30,32 @@ def image():
 
 
 TARGET = torch.tensor([1, 0, -100, 4])
+
+
+def hinge(F, x):
+    """multi_margin_loss with p = 2, written out for PyTorch, whose own has no second derivative."""
+    target, weight = TARGET.clamp(min=0).to(x.device), torch.tensor([0.5, 2.0, 1.0, 3.0, 0.7], device=x.device)
+    if F is fastcnn.functional:
+        return F.multi_margin_loss(x, target, p=2, weight=weight.to(x.dtype))
+    if not torch.is_autocast_enabled(x.device.type):
+        weight = weight.to(x.dtype)
+    gap = (1 - x.float().gather(1, target[:, None]) + x.float()).clamp(min=0) ** 2
+    gap = gap.masked_fill(torch.arange(5, device=x.device) == target[:, None], 0)
+    return (gap.sum(1) / 5 * weight[target]).mean()
+
+
 CASES = {
     "adaptive_avg_pool2d": (lambda F, x: F.adaptive_avg_pool2d(x, (3, 2)), lambda: [image()]),
     "avg_pool2d": (lambda F, x: F.avg_pool2d(x, 3, 2, 1), lambda: [image()]),
     "batch_norm": (
         lambda F, x, w, b: F.batch_norm(x, None, None, w, b, training=True),
         lambda: [image(), randn(4), randn(4, seed=1)],
+    ),
+    "binary_cross_entropy_with_logits": (
+        lambda F, x, t: F.binary_cross_entropy_with_logits(
+            x, t, randn(5).to(x), pos_weight=randn(4, 6, 5).exp().to(x), reduction="none"
+        ),
+        lambda: [image(), randn(2, 4, 6, 5, seed=1).sigmoid()],
     ),
     "conv2d": (
         lambda F, x, w, b: F.conv2d(x, w, b, stride=(2, 1), padding=1, groups=2),
@@ -47,6 +68,14 @@ CASES = {
     "cross_entropy": (
         lambda F, x: F.cross_entropy(x, TARGET.to(x.device), label_smoothing=0.1),
         lambda: [randn(4, 5)],
+    ),
+    "decorrelated_batch_norm": (
+        lambda F, x, w, b: (
+            decorrelated_batch_norm_reference(x, None, None, w, b, True, 1e-3, 2)
+            if F is torch.nn.functional
+            else F.decorrelated_batch_norm(x, None, None, w, b, True, eps=1e-3, group_size=2)
+        ),
+        lambda: [image(), randn(4), randn(4, seed=1)],
     ),
     # of so small a probability that nothing is dropped
     "drop_connect_conv2d": (
@@ -67,13 +96,24 @@ CASES = {
     "dropout3d": (lambda F, x: F.dropout3d(x, 0.4), lambda: [randn(3, 7, 2, 2, 3)]),
     "gelu": (lambda F, x: F.gelu(x), lambda: [image()]),
     "hardswish": (lambda F, x: F.hardswish(x), lambda: [image()]),
+    "huber_loss": (lambda F, x, t: F.huber_loss(x, t, delta=0.7), lambda: [image(), randn(2, 4, 6, 5, seed=1)]),
+    "l1_loss": (lambda F, x, t: F.l1_loss(x, t, reduction="sum"), lambda: [image(), randn(2, 4, 6, 5, seed=1)]),
     "leaky_relu": (lambda F, x: F.leaky_relu(x, 0.2), lambda: [image()]),
     "linear": (lambda F, x, w, b: F.linear(x, w, b), lambda: [randn(3, 2, 5), randn(7, 5), randn(7)]),
     "max_pool2d": (lambda F, x: F.max_pool2d(x, 3, 2, 1), lambda: [image()]),
+    "mse_loss": (
+        lambda F, x, t: F.mse_loss(x, t, weight=image().exp().to(x)),
+        lambda: [image(), randn(2, 4, 6, 5, seed=1)],
+    ),
+    "multi_margin_loss": (lambda F, x: hinge(F, x), lambda: [randn(4, 5)]),
     "relu": (lambda F, x: F.relu(x), lambda: [image()]),
     "relu6": (lambda F, x: F.relu6(x), lambda: [image()]),
     "sigmoid": (lambda F, x: F.sigmoid(x), lambda: [image()]),
     "silu": (lambda F, x: F.silu(x), lambda: [image()]),
+    "smooth_l1_loss": (
+        lambda F, x, t: F.smooth_l1_loss(x, t, beta=0.7, reduction="none"),
+        lambda: [image(), randn(2, 4, 6, 5, seed=1)],
+    ),
     "stochastic_depth": (
         # of so small a probability that nothing is dropped
         lambda F, x, z: x + z if F is torch.nn.functional else F.stochastic_depth(x, 1e-10, residual=z),
@@ -335,7 +375,7 @@ def test_opcheck_of_the_activations_in_place(lane):
 def test_every_registered_op_was_opchecked(lane):
     """Every torch.ops.fastcnn op is reached by some case above, or named here with the test that checks it."""
     # opchecked in the tests of their ops
-    elsewhere = {"activation_", "dropout_", "feature_dropout_", "batch_norm_eval"}
+    elsewhere = {"activation_", "dropout_", "feature_dropout_", "batch_norm_eval", "decorrelated_batch_norm_eval"}
     reached = set()
     for call, make in CASES.values():
         with fastcnn.strict(False):

@@ -19,6 +19,26 @@ from fastcnn.nn.dropout import (  # noqa: F401
     PlainDropout,
     StochasticDepth,
 )
-from fastcnn.nn.losses import CrossEntropyLoss  # noqa: F401
-from fastcnn.nn.norms import BatchNorm1d, BatchNorm2d, BatchNorm3d  # noqa: F401
+from fastcnn.nn.losses import (  # noqa: F401
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    HuberLoss,
+    L1Loss,
+    MSELoss,
+    MultiMarginLoss,
+    SmoothL1Loss,
+)
+from fastcnn.nn.norms import (  # noqa: F401
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    DecorrelatedBatchNorm2d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    LocalResponseNorm,
+    SyncBatchNorm,
+)
 from fastcnn.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d  # noqa: F401

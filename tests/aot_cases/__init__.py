@@ -7,10 +7,11 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 from aot_cases.activation import activation
 from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
 from aot_cases.losses import cross_entropy
-from aot_cases.norms import batch_norm
+from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
 from aot_cases.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from aot_cases.random import dropout, feature_dropout
+from aot_cases.whitening import decorrelated_batch_norm
 
 CASES = {
     cases.__name__: cases
@@ -24,9 +25,13 @@ CASES = {
         conv2d_tiles,
         conv_transpose2d,
         cross_entropy,
+        decorrelated_batch_norm,
         dropout,
         feature_dropout,
+        group_norm,
+        layer_norm,
         linear,
+        local_response_norm,
         max_pool2d,
         optimizers,
     )
