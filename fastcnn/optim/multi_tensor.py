@@ -21,6 +21,7 @@ Sources: Polyak and Juditsky 1992 (average); Pascanu et al. 2013 (clipping).
 
 import contextlib
 import inspect
+import operator
 from functools import partial
 
 import torch
@@ -28,7 +29,7 @@ import torch
 from fastcnn.backends import current_backend
 from fastcnn.ops import common
 from fastcnn.optim.norms import clip_factor
-from fastcnn.optim.table import NUMPY_LIKE, Bucket, in_order_of, is_dtensor, local
+from fastcnn.optim.table import NUMPY_LIKE, Plan, in_order_of, is_dtensor, local
 
 OPTIONS = {"l1": 0.0, "max_grad_norm": None, "ema_decay": None, "bf16_copy": False}
 AVERAGE_DTYPES = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
@@ -122,7 +123,7 @@ class MultiTensorStep:
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._buckets = {}  # let go of the state that a checkpoint replaces
+        self._plans = {}  # let go of the state that a checkpoint replaces
         for group in self.param_groups:
             self._set_options(group)  # a checkpoint of torch's has none
 
@@ -213,10 +214,7 @@ class MultiTensorStep:
                 for backend, bucket in launches
                 if (backend == "triton" and not self._must_know_found_inf(bucket)) or not found.item()
             ]
-        for backend, bucket in launches:
-            if backend != "torch":
-                rows = self._rows(bucket.group, bucket.params)
-                bucket.set_state(rows, len(rows) - len(self._row_names(bucket.group)), self._fit)
+        self._take_state([bucket for backend, bucket in launches if backend != "torch"])
         for backend, bucket in launches:
             if scale is not None and backend != "triton":
                 for grad in {id(p.grad): p.grad for p in bucket.params}.values():
@@ -241,35 +239,37 @@ class MultiTensorStep:
 
     def _begin(self):
         """The buckets of this step; raises what is wrong with a gradient before anything is changed."""
-        members = {}
-        for index, group in enumerate(self.param_groups):
-            for i, p in enumerate(group["params"]):
-                grad = p.grad
-                if grad is None:
-                    continue
-                kind = None
-                if grad.layout is not torch.strided or grad.is_complex():
-                    kind = "complex" if grad.is_complex() else "sparse"
-                    if kind == "complex" or not self._accepts_sparse:
-                        raise RuntimeError(
-                            f"{type(self).__name__} does not support {kind} gradients: parameter {i} of group {index}, "
-                            f"of shape {tuple(p.shape)}, has one"
-                        )
-                elif type(p) is not torch.nn.Parameter and is_dtensor(p):
-                    kind = "distributed"
-                members.setdefault((index, p.device, p.dtype, kind), []).append(p)
-        kept = self.__dict__.setdefault("_buckets", {})
+        plans = self.__dict__.setdefault("_plans", {})
         buckets = []
-        for key, params in members.items():
-            group = self.param_groups[key[0]]
-            self._check_kind(key[3], group)
-            bucket = kept.setdefault(key, Bucket())
-            bucket.begin(key[0], group, params, key[3])
-            if params[0].is_cuda and not group.get("capturable", True):
-                if torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(f"{type(self).__name__}.step in a CUDA graph needs capturable=True")
-            buckets.append(bucket)
+        for index, group in enumerate(self.param_groups):
+            params = group["params"]
+            grads = [p.grad for p in params]
+            plan = plans.get(index)
+            if plan is None or not plan.fits(params, grads):
+                old = {} if plan is None else plan.buckets
+                plan = plans[index] = Plan(type(self).__name__, index, group, grads, self._accepts_sparse, old)
+            for kind, bucket in plan.take(group, grads):
+                if kind is not None:
+                    self._check_kind(kind, group)
+                if bucket.params[0].is_cuda and not group.get("capturable", True):
+                    if torch.cuda.is_current_stream_capturing():
+                        raise RuntimeError(f"{type(self).__name__}.step in a CUDA graph needs capturable=True")
+                buckets.append(bucket)
         return buckets
+
+    def _take_state(self, buckets):
+        """Give the buckets their state, created where missing. Looking up a tensor in a dictionary is slow."""
+        keys, values = self.__dict__.get("_seen", ((), ()))
+        same = len(keys) == len(self.state) and all(map(operator.is_, self.state, keys))
+        same = same and all(map(operator.is_, self.state.values(), values))
+        for bucket in buckets:
+            names = self._row_names(bucket.group)
+            if not same or bucket.states is None:
+                bucket.states = [self.state[p] for p in bucket.params] if names or self._scalars else []
+            rows = self._rows(bucket)
+            bucket.set_state(rows, len(rows) - len(names), self._fit)
+        if not same:
+            self._seen = list(self.state), list(self.state.values())
 
     def _check_kind(self, kind, group):
         if kind == "sparse" and (group.get("l1") or "max_grad_norm" in self.defaults):
@@ -288,18 +288,19 @@ class MultiTensorStep:
             names.append("bf16")
         return names
 
-    def _rows(self, group, params):
+    def _rows(self, bucket):
         """The state as it stands in the table, created where missing: `_row_names`, then the scalars."""
-        names = (*self._row_names(group), *self._scalars)
-        states = [self.state[p] for p in params]
+        names = (*self._row_names(bucket.group), *self._scalars)
         try:
-            return [[state[name] for state in states] for name in names]
+            return [[state[name] for state in bucket.states] for name in names]
         except KeyError:
-            for p, state in zip(params, states, strict=True):
+            for p, state in zip(bucket.params, bucket.states, strict=True):
+                # as torch: all of the rule's state or nothing; half of it is an error, raised below
+                started = bool(set(state) - {"ema", "bf16"})
                 for name in names:
-                    if name not in state:
+                    if name not in state and (not started or name in ("ema", "bf16")):
                         state[name] = self._new_state(name, p)
-        return [[state[name] for state in states] for name in names]
+        return [[state[name] for state in bucket.states] for name in names]
 
     def _new_state(self, name, p):
         if name == "ema":

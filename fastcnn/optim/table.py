@@ -106,6 +106,70 @@ class Table:
         return self.host[-1].to(device, non_blocking=True)
 
 
+class Plan:
+    """How the parameters of one group are shared out among buckets, kept as long as nothing about them changes.
+
+    Args:
+        optimizer: its name, for errors.
+        index: of the group.
+        grads: the gradients of the group's parameters, or None.
+        accepts_sparse: whether the optimizer has a step for sparse gradients.
+        old: the buckets of the previous plan, {kind, device and dtype: Bucket}.
+
+    Raises:
+        RuntimeError: a gradient that no step takes.
+    """
+
+    def __init__(self, optimizer, index, group, grads, accepts_sparse, old):
+        self.params = list(group["params"])
+        self.positions = {}
+        for i, (p, grad) in enumerate(zip(self.params, grads, strict=True)):
+            if grad is None:
+                continue
+            kind = None
+            if grad.layout is not torch.strided or grad.is_complex():
+                kind = "complex" if grad.is_complex() else "sparse"
+                if kind == "complex" or not accepts_sparse:
+                    raise RuntimeError(
+                        f"{optimizer} does not support {kind} gradients: parameter {i} of group {index}, of shape "
+                        f"{tuple(p.shape)}, has one"
+                    )
+            elif is_dtensor(p):
+                kind = "distributed"
+            if grad.shape != p.shape or grad.device != p.device:
+                raise RuntimeError(
+                    f"a parameter of group {index} is {tuple(p.shape)} on {p.device} and its gradient "
+                    f"{tuple(grad.shape)} on {grad.device}"
+                )
+            self.positions.setdefault((kind, p.device, p.dtype, grad.dtype), []).append(i)
+        # the part of a DTensor in this process may move and its gradient be another one's: look again each time
+        self.look = None if any(map(is_dtensor, self.params)) else _look(self.params, grads)
+        self.buckets = {key: old.get(key) or Bucket() for key in self.positions}
+        for key, positions in self.positions.items():
+            self.buckets[key].hold([self.params[i] for i in positions], [grads[i] for i in positions], key)
+
+    def fits(self, params, grads):
+        """Whether these are the parameters of this plan, where they were, with gradients of the same kinds."""
+        if self.look is None or len(params) != len(self.params) or not all(map(operator.is_, params, self.params)):
+            return False
+        return self.look == _look(params, grads)
+
+    def take(self, group, grads):
+        """Yield each bucket and the kind of its gradients, ready for a step."""
+        for key, bucket in self.buckets.items():
+            bucket.group = group
+            bucket.raw_grads = [grads[i] for i in self.positions[key]]
+            yield key[0], bucket
+
+
+def _look(params, grads):
+    """What must stay the same for a plan to fit."""
+    return [
+        g if g is None else (g.dtype, g.layout, p.data_ptr(), p.numel(), p.stride())
+        for p, g in zip(params, grads, strict=True)
+    ]
+
+
 class Bucket:
     """The parameters of one group, device, dtype and kind of gradient, and what can be kept from step to step.
 
@@ -113,31 +177,31 @@ class Bucket:
     again only when a parameter lies elsewhere or a state tensor is another one.
 
     Attributes:
+        group: the param group.
         params: as the user has them; `local` is where their elements are in this process, `grads` those of the
             gradients, in the memory order of the parameters.
+        states: the optimizer's dictionary of each, None where it must be looked up.
         refusal: None, or the sentence why our kernels cannot update them.
     """
 
     def __init__(self):
-        self.memory = self.refusal = self.state = self.state_ints = self.backend = self.table = None
+        self.backend = self.table = None
 
-    def begin(self, index, group, params, kind):
-        """Look at the parameters of this step; raise if the memory of one and of its gradient disagree."""
-        self.group, self.params, self.distributed = group, params, kind == "distributed"
+    def hold(self, params, grads, key):
+        """Take these parameters, with gradients of one kind."""
+        kind, _, dtype, grad_dtype = key
+        self.params, self.distributed = params, kind == "distributed"
         self.local = [p._local_tensor for p in params] if self.distributed else params
-        memory = [(p.data_ptr(), p.shape, p.stride()) for p in self.local]
-        if memory == self.memory:
-            return
-        for p in params:
-            if p.grad.shape != p.shape or p.grad.device != p.device:
-                raise RuntimeError(
-                    f"a parameter of group {index} is {tuple(p.shape)} on {p.device} and its gradient "
-                    f"{tuple(p.grad.shape)} on {p.grad.device}"
-                )
-        self.memory, self.state, self.refusal = memory, None, _memory_refusal(self.local)
+        self.memory = [(p.data_ptr(), p.shape, p.stride()) for p in self.local]
+        self.states = self.state = None
+        self.refusal = _memory_refusal(self.local)
         if kind == "sparse":
             self.refusal = "a gradient is sparse, and the kernels read all of it"
-        if self.distributed and not all(is_dtensor(p.grad) and p.grad.placements == p.placements for p in params):
+        elif dtype != grad_dtype:
+            self.refusal = f"a parameter is {dtype} and its gradient {grad_dtype}"
+        elif self.distributed and not all(
+            is_dtensor(g) and g.placements == p.placements for p, g in zip(params, grads, strict=True)
+        ):
             self.refusal = "a parameter is a DTensor and its gradient not one of the same placements"
         self.sizes = [p.numel() for p in self.local]
         self.total = sum(self.sizes)
@@ -159,18 +223,22 @@ class Bucket:
 
     def make_table(self, backend):
         """Gradients in the memory order of their parameters, and the table for this step."""
-        grads = [p.grad for p in self.params]
-        if self.distributed:
-            grads = [local(g) for g in grads]
+        grads = [local(g) for g in self.raw_grads] if self.distributed else self.raw_grads
         self.grads = [
             g if g.stride() == memory[2] else in_order_of(g, p, p.dtype)
             for g, p, memory in zip(grads, self.local, self.memory, strict=True)
         ]
-        rows = [[memory[0] for memory in self.memory], [g.data_ptr() for g in self.grads], *self.state_ints]
-        if self.table is None or self.backend != backend or self.table.rows != rows or self.table.sizes != self.sizes:
+        addresses = [g.data_ptr() for g in self.grads]
+        fixed = (self.memory, self.state_ints)
+        known = self.backend == backend and all(map(operator.is_, fixed, self.fixed))
+        if known and backend == "cpu":
+            if addresses != self.table.rows[1]:
+                self.table.rows[1] = self.table.table[1] = addresses
+        elif not known or addresses != self.table.rows[1]:
+            rows = [[memory[0] for memory in self.memory], addresses, *self.state_ints]
             previous = self.table if self.backend == backend else None
             self.table = Table(rows, self.streamed, self.sizes, self.local[0].device, backend, previous)
-            self.backend = backend
+            self.backend, self.fixed = backend, fixed
 
     def launch_keywords(self):
         """The compile-time arguments that all Triton kernels take."""
