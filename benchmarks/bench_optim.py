@@ -11,7 +11,13 @@ OPTIMIZERS = {
     "adam": ("Adam", {"lr": 1e-3}, 7, 14),
     "adamw": ("AdamW", {"lr": 1e-3, "weight_decay": 0.05}, 7, 16),
     "amsgrad": ("Adam", {"lr": 1e-3, "amsgrad": True}, 9, 15),
+    "rmsprop": ("RMSprop", {"lr": 1e-2}, 5, 8),
+    "rmsprop_centered": ("RMSprop", {"lr": 1e-2, "centered": True, "momentum": 0.9}, 9, 16),
+    "adagrad": ("Adagrad", {"lr": 1e-2}, 5, 7),
+    "nadam": ("NAdam", {}, 7, 18),
+    "radam": ("RAdam", {}, 7, 15),
 }
+FUSED = ("sgd", "adam", "adamw", "amsgrad", "adagrad")  # of these torch has a fused form
 NETWORKS = {"resnet50": 25.6e6, "mobilenet_v2": 3.5e6, "lenet5": 0.06e6, "vgg16": 138e6}  # parameters
 
 
@@ -20,7 +26,7 @@ def _cases():
         names = list(OPTIMIZERS)
         # each network begins with another optimizer: --quick takes the first ones
         for optimizer in names[turn:] + names[:turn]:
-            for fused in (False, True):
+            for fused in (False, True) if optimizer in FUSED else (False,):
                 layer = {"network": network, "optimizer": optimizer, "fused": fused, "work": work / 10}
                 yield cases.Case("optim", f"{network}.{optimizer}{'-fused' if fused else ''}", layer)
 

@@ -127,6 +127,24 @@ def test_matches_torch_on_its_own_samples(lane, name, kwargs):
             torch.testing.assert_close(state[i][key].cpu(), value, rtol=1e-5, atol=1e-6)
 
 
+@variants
+def test_a_thousand_steps_track_the_truth(lane, name, kwargs):
+    params = parameters(lane.device, [(3, 5)])
+    reference = [torch.nn.Parameter(p.detach().clone().cpu()) for p in params]
+    truth = [torch.nn.Parameter(p.detach().cpu().double()) for p in params]
+    optimizers = [ours(name)(params, **kwargs)] + [theirs(name)(ps, **kwargs) for ps in (reference, truth)]
+    for step in range(30 if lane.name == "interpret" else 1000):
+        for ps, optimizer in zip((params, reference, truth), optimizers, strict=True):
+            set_grads(ps, step)
+            with fastcnn.strict(optimizer is optimizers[0]):
+                optimizer.step()
+    assert_close_to_truth("parameter", *(ps[0].detach().cpu() for ps in (params, reference, truth)), torch.float32)
+    for key, true in optimizers[2].state[truth[0]].items():
+        if true.dim():
+            torchs, mine = optimizers[1].state[reference[0]][key], optimizers[0].state[params[0]][key]
+            assert_close_to_truth(key, mine.cpu(), torchs, true, torch.float32)
+
+
 @pytest.mark.parametrize("name", INFOS)
 def test_refuses_what_torch_refuses(name):
     for sample in INFOS[name].optim_error_inputs_func(device="cpu", dtype=torch.float32):
@@ -146,6 +164,8 @@ def test_refuses_what_torch_refuses(name):
 def test_dtypes(lane, name, kwargs, dtype):
     if lane.name == "cpu" and dtype != torch.float64:
         pytest.skip("PyTorch runs fp16 and bf16 on CPU")
+    if dtype == torch.float16 and kwargs.get("centered"):
+        pytest.skip("square_avg underflows in fp16, and square_avg - grad_avg^2 is negative: NaN in PyTorch too")
     params = parameters(lane.device, dtype=dtype)
     # torch rounds state and parameter after every operation here and we once per step: the truth rounds nothing
     reference = [torch.nn.Parameter(p.detach().clone().cpu()) for p in params]
@@ -264,10 +284,10 @@ def test_infinite_parameters_without_weight_decay(lane):
         assert_equal_state(a, b)
 
 
-def test_a_thousand_tensors_and_chunk_borders(lane):
+def test_hundreds_of_tensors_and_chunk_borders(lane):
     chunk = table.CPU_CHUNK if lane.name == "cpu" else table.BLOCK
     shapes = [(chunk - 1,), (chunk,), (chunk + 1,), (2 * chunk,)] + [
-        (1 + i % 3,) for i in range(1000 if lane.name == "cpu" else 60)
+        (1 + i % 3,) for i in range(400 if lane.name == "cpu" else 20)
     ]
     launches = []
     for name, kwargs in VARIANTS:
