@@ -14,7 +14,8 @@ from fastcnn.benchmarks.harness import Problem
 # every op has its file bench_<op>.py with CASES and build(case, setting)
 OPS = (
     "conv2d", "depthwise_conv2d", "conv_transpose2d", "linear", "batch_norm", "activation", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "dropout", "cross_entropy", "optim",
+    "adaptive_avg_pool2d", "dropout", "cross_entropy", "group_norm", "layer_norm", "instance_norm",
+    "local_response_norm", "optim",
 )  # fmt: skip
 QUICK = {
     "conv2d": 7,

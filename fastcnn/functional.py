@@ -7,6 +7,7 @@ import torch.nn.functional
 
 from fastcnn.ops.activation import gelu, hardswish, leaky_relu, relu, relu6, sigmoid, silu, tanh
 from fastcnn.ops.adaptive_avg_pool2d import adaptive_avg_pool2d
+from fastcnn.ops.adaptive_max_pool2d import adaptive_max_pool2d
 from fastcnn.ops.avg_pool2d import avg_pool2d
 from fastcnn.ops.batch_norm import batch_norm
 from fastcnn.ops.conv2d import conv2d
@@ -23,17 +24,20 @@ from fastcnn.ops.elementwise_loss import (
     smooth_l1_loss,
 )
 from fastcnn.ops.feature_dropout import dropout1d, dropout2d, dropout3d
+from fastcnn.ops.fractional_max_pool2d import fractional_max_pool2d
 from fastcnn.ops.group_norm import group_norm
 from fastcnn.ops.instance_norm import instance_norm
 from fastcnn.ops.layer_norm import layer_norm
 from fastcnn.ops.linear import linear
 from fastcnn.ops.local_response_norm import local_response_norm
+from fastcnn.ops.lp_pool2d import lp_pool2d
 from fastcnn.ops.max_pool2d import max_pool2d
 from fastcnn.ops.multi_margin_loss import multi_margin_loss
 from fastcnn.ops.stochastic_depth import stochastic_depth
 
 __all__ = [
     "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
     "binary_cross_entropy_with_logits",
@@ -47,6 +51,7 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "fractional_max_pool2d",
     "gelu",
     "group_norm",
     "hardswish",
@@ -57,6 +62,7 @@ __all__ = [
     "leaky_relu",
     "linear",
     "local_response_norm",
+    "lp_pool2d",
     "max_pool2d",
     "mse_loss",
     "multi_margin_loss",

@@ -29,7 +29,9 @@ def image():
     return randn(2, 4, 6, 5).to(memory_format=torch.channels_last)
 
 
+SAMPLES = torch.linspace(0.05, 0.95, 16).view(2, 4, 2)
 TARGET = torch.tensor([1, 0, -100, 4])
+FACTORS = image().exp()
 
 
 def hinge(F, x):
@@ -37,7 +39,7 @@ def hinge(F, x):
     target, weight = TARGET.clamp(min=0).to(x.device), torch.tensor([0.5, 2.0, 1.0, 3.0, 0.7], device=x.device)
     if F is fastcnn.functional:
         return F.multi_margin_loss(x, target, p=2, weight=weight.to(x.dtype))
-    if not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
         weight = weight.to(x.dtype)
     gap = (1 - x.float().gather(1, target[:, None]) + x.float()).clamp(min=0) ** 2
     gap = gap.masked_fill(torch.arange(5, device=x.device) == target[:, None], 0)
@@ -45,7 +47,8 @@ def hinge(F, x):
 
 
 CASES = {
-    "adaptive_avg_pool2d": (lambda F, x: F.adaptive_avg_pool2d(x, (3, 2)), lambda: [image()]),
+    "adaptive_avg_pool2d": (lambda F, x: F.adaptive_avg_pool2d(x, 1), lambda: [image()]),
+    "adaptive_max_pool2d": (lambda F, x: F.adaptive_max_pool2d(x, (3, 2)), lambda: [image()]),
     "avg_pool2d": (lambda F, x: F.avg_pool2d(x, 3, 2, 1), lambda: [image()]),
     "batch_norm": (
         lambda F, x, w, b: F.batch_norm(x, None, None, w, b, training=True),
@@ -53,7 +56,7 @@ CASES = {
     ),
     "binary_cross_entropy_with_logits": (
         lambda F, x, t: F.binary_cross_entropy_with_logits(
-            x, t, randn(5).to(x), pos_weight=randn(4, 6, 5).exp().to(x), reduction="none"
+            x, t, FACTORS[0, 0, 0].to(x), pos_weight=FACTORS[1].to(x), reduction="none"
         ),
         lambda: [image(), randn(2, 4, 6, 5, seed=1).sigmoid()],
     ),
@@ -94,15 +97,34 @@ CASES = {
     "dropout1d": (lambda F, x: F.dropout1d(x, 0.4), lambda: [randn(5, 7, 3)]),
     "dropout2d": (lambda F, x: F.dropout2d(x, 0.4), lambda: [image()]),
     "dropout3d": (lambda F, x: F.dropout3d(x, 0.4), lambda: [randn(3, 7, 2, 2, 3)]),
+    "fractional_max_pool2d": (
+        lambda F, x: F.fractional_max_pool2d(x, 2, (3, 3), _random_samples=SAMPLES.to(x)), lambda: [image()]
+    ),
     "gelu": (lambda F, x: F.gelu(x), lambda: [image()]),
+    "group_norm": (
+        lambda F, x, w, b: F.group_norm(x, 2, w, b),
+        # contiguous: PyTorch 2.13 on CPU crashes where weight and bias of a channels_last image alone have gradients
+        lambda: [image().contiguous(), randn(4), randn(4, seed=1)],
+    ),
     "hardswish": (lambda F, x: F.hardswish(x), lambda: [image()]),
     "huber_loss": (lambda F, x, t: F.huber_loss(x, t, delta=0.7), lambda: [image(), randn(2, 4, 6, 5, seed=1)]),
     "l1_loss": (lambda F, x, t: F.l1_loss(x, t, reduction="sum"), lambda: [image(), randn(2, 4, 6, 5, seed=1)]),
+    "instance_norm": (
+        lambda F, x, w, b: F.instance_norm(x, None, None, w, b),
+        # PyTorch makes the output of a channels_last image contiguous
+        lambda: [image().contiguous(), randn(4), randn(4, seed=1)],
+    ),
+    "layer_norm": (
+        lambda F, x, w, b: F.layer_norm(x, (4,), w, b),
+        lambda: [image().permute(0, 2, 3, 1), randn(4), randn(4, seed=1)],
+    ),
     "leaky_relu": (lambda F, x: F.leaky_relu(x, 0.2), lambda: [image()]),
     "linear": (lambda F, x, w, b: F.linear(x, w, b), lambda: [randn(3, 2, 5), randn(7, 5), randn(7)]),
+    "local_response_norm": (lambda F, x: F.local_response_norm(x, 3, 0.1), lambda: [image()]),
+    "lp_pool2d": (lambda F, x: F.lp_pool2d(x, 2, 3, 2, True), lambda: [image()]),
     "max_pool2d": (lambda F, x: F.max_pool2d(x, 3, 2, 1), lambda: [image()]),
     "mse_loss": (
-        lambda F, x, t: F.mse_loss(x, t, weight=image().exp().to(x)),
+        lambda F, x, t: F.mse_loss(x, t, weight=FACTORS.to(x)),
         lambda: [image(), randn(2, 4, 6, 5, seed=1)],
     ),
     "multi_margin_loss": (lambda F, x: hinge(F, x), lambda: [randn(4, 5)]),

@@ -110,6 +110,12 @@ ARGUMENTS = {
     "BatchNorm1d": (2,),
     "BatchNorm2d": (2,),
     "BatchNorm3d": (2,),
+    "GroupNorm": (2, 4),
+    "InstanceNorm1d": (2,),
+    "InstanceNorm2d": (2,),
+    "InstanceNorm3d": (2,),
+    "LayerNorm": (6,),
+    "LocalResponseNorm": (5,),
 }
 
 

@@ -41,4 +41,11 @@ from fastcnn.nn.norms import (  # noqa: F401
     LocalResponseNorm,
     SyncBatchNorm,
 )
-from fastcnn.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d  # noqa: F401
+from fastcnn.nn.pooling import (  # noqa: F401
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    FractionalMaxPool2d,
+    LPPool2d,
+    MaxPool2d,
+)

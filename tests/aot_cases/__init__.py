@@ -6,10 +6,17 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 
 from aot_cases.activation import activation
 from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
-from aot_cases.losses import cross_entropy
+from aot_cases.losses import cross_entropy, elementwise_loss, multi_margin_loss
 from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
-from aot_cases.pooling import adaptive_avg_pool2d, avg_pool2d, max_pool2d
+from aot_cases.pooling import (
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
+    fractional_max_pool2d,
+    lp_pool2d,
+    max_pool2d,
+)
 from aot_cases.random import dropout, feature_dropout
 from aot_cases.whitening import decorrelated_batch_norm
 
@@ -18,6 +25,7 @@ CASES = {
     for cases in (
         activation,
         adaptive_avg_pool2d,
+        adaptive_max_pool2d,
         avg_pool2d,
         batch_norm,
         conv2d,
@@ -27,12 +35,16 @@ CASES = {
         cross_entropy,
         decorrelated_batch_norm,
         dropout,
+        elementwise_loss,
         feature_dropout,
+        fractional_max_pool2d,
         group_norm,
         layer_norm,
         linear,
         local_response_norm,
+        lp_pool2d,
         max_pool2d,
+        multi_margin_loss,
         optimizers,
     )
 }
