@@ -75,6 +75,8 @@ def layouts():
         case("contiguous 4-D", (2, 3, 5, 7)),
         case("channels_last, pixels in fours", (3, 33, 4, 5), channels_last),
         case("channels_last, odd pixels", (2, 67, 5, 3), channels_last),
+        case("channels_last, odd pixels, channels in fours", (3, 68, 5, 3), channels_last),
+        case("channels_last, pixels in fours, few channels", (3, 5, 4, 3), channels_last),
         case("channels_last, 1 channel", (2, 1, 5, 3), channels_last),
         case("channels_last, 1 pixel", (4, 70, 1, 1), channels_last),
         case("channels_last_3d", (2, 5, 2, 3, 2), lambda x: x.to(memory_format=torch.channels_last_3d)),

@@ -137,7 +137,7 @@ def _launch_triton(x, y, seed, draw, memory_order):
 def _launch_cpu(x, y, seed, draw, memory_order):
     import numpy as np
 
-    from fastcnn.kernels.cpu.dropout import dropout, dropout_channels_last
+    from fastcnn.kernels.cpu import dropout as kernels
 
     N, P, C = memory_order
     threshold, scale = draw
@@ -145,10 +145,11 @@ def _launch_cpu(x, y, seed, draw, memory_order):
     arguments = (np.int64(seed.item()), np.uint64(threshold), scale)
     common.cpu_threads(x.numel())
     if P == 1:
-        dropout(x.detach().numpy().reshape(-1), y.detach().numpy().reshape(-1), *arguments)
+        kernels.dropout(x.detach().numpy().reshape(-1), y.detach().numpy().reshape(-1), *arguments)
     else:
         x, y = (t.detach().as_strided((N, P, C), (P * C, C, 1)).numpy() for t in (x, y))
-        dropout_channels_last(x, y, *arguments)
+        quads = P % 4 == 0 and C >= kernels.WIDE
+        (kernels.dropout_quads if quads else kernels.dropout_channels_last)(x, y, *arguments)
 
 
 _forward = common.register(
