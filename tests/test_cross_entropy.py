@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastcnn
 import fastcnn.functional as fF
 from fastcnn.ops import cross_entropy as ops
 from fastcnn.testing import assert_matches
 
-LANES = ("triton",)
+LANES = ("triton", "cpu")
 
 
 def channels_last(x):
@@ -56,7 +57,13 @@ SHAPES = [
 ]
 
 
+def skip_half_on_cpu(lane, dtype):
+    if lane.name == "cpu" and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("the CPU kernels compute in float32 and float64")
+
+
 def random_logits(lane, shape, dtype):
+    skip_half_on_cpu(lane, dtype)
     if shape[0] * shape[-1] >= 1024 and lane.name != "gpu" and dtype == torch.bfloat16:
         pytest.skip("a GPU's size")
     generator = torch.Generator().manual_seed(0)
@@ -232,6 +239,8 @@ def test_cross_entropy_target_out_of_range_on_pytorch(kind):
 
 
 def test_cross_entropy_no_class_is_nan_in_the_kernel(lane, monkeypatch):
+    if lane.name == "cpu":
+        return  # there it raises
     # as on a GPU, where nothing checks before the launch
     monkeypatch.setattr(ops, "_check_classes", lambda *_: None)
     if lane.name == "interpret":
@@ -261,6 +270,7 @@ def test_cross_entropy_legacy_arguments(lane):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
 def test_cross_entropy_under_autocast(lane, dtype):
+    skip_half_on_cpu(lane, dtype)
     x = torch.randn(4, 9, device=lane.device).to(dtype).requires_grad_()
     soft = torch.randn(4, 9, device=lane.device).softmax(1).to(dtype)
     weight = torch.rand(9, device=lane.device) + 0.5
@@ -274,6 +284,7 @@ def test_cross_entropy_under_autocast(lane, dtype):
 
 
 def test_cross_entropy_dtypes_of_probabilities(lane):
+    skip_half_on_cpu(lane, torch.float16)
     x = torch.randn(4, 3, device=lane.device).half().requires_grad_()
     soft = torch.randn(4, 3, device=lane.device).softmax(1)
     loss, expected = (f(x, soft) for f in (fF.cross_entropy, F.cross_entropy))
@@ -308,6 +319,37 @@ def test_cross_entropy_is_unchanged_by_a_shift_and_the_same_every_time(lane):
     assert torch.equal(loss, fF.cross_entropy(x, target)) and torch.equal(loss, fF.cross_entropy(x + 1024, target))
 
 
+@pytest.mark.parametrize("shape", [(700, 65), (3, 20000), (2, 3, 30, 40)])
+@pytest.mark.parametrize("soft", (False, True), ids=("indices", "probabilities"))
+def test_cross_entropy_many_tasks_on_cpu(shape, soft):
+    """Ragged last tasks and lanes, and the same bits from one thread and from two."""
+    x = (torch.randn(shape) * 3).requires_grad_()
+    target = torch.randn(shape).softmax(1) if soft else torch.randint(shape[1], (shape[0], *shape[2:]))
+    weight, threads, results = torch.rand(shape[1]) + 0.2, torch.get_num_threads(), []
+    with fastcnn.backend("cpu"), fastcnn.strict():
+        check(x, target, weight, label_smoothing=0.1)
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                loss = fF.cross_entropy(x, target, weight)
+                results.append((loss, *torch.autograd.grad(loss, x)))
+        finally:
+            torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_cross_entropy_on_cpu_is_ours_where_it_is_faster():
+    cases = [((128, 10), {}, False), ((512, 2048), {}, True), ((512, 2048), {"label_smoothing": 0.1}, False)]
+    cases += [((2, 512, 32, 32), {}, True), ((70000, 20), {}, False)]
+    for shape, arguments, ours in cases:
+        target = torch.zeros((shape[0], *shape[2:]), dtype=torch.int64)
+        for requires_grad in (True, False):
+            ops._op.calls.clear()
+            fF.cross_entropy(torch.randn(shape, requires_grad=requires_grad), target, **arguments)
+            expected = "cpu" if ours and requires_grad else "torch"
+            assert [backend for backend, _ in ops._op.calls] == [expected], (shape, arguments)
+
+
 def test_cross_entropy_compiles_without_graph_breaks(lane):
     x = torch.randn(4, 9, device=lane.device, requires_grad=True)
     target = indices(lane, x)
@@ -323,10 +365,11 @@ def test_cross_entropy_registration(lane, shape, make):
     weight = torch.rand(x.shape[1], device=lane.device)
     for target, reduction in ((indices(lane, x), "none"), (torch.rand_like(x), "none")):
         how = (reduction, -100, 0.1)
-        arguments = (x, target, weight, *how, torch.float32, "triton")
+        backend = "cpu" if lane.name == "cpu" else "triton"
+        arguments = (x, target, weight, *how, torch.float32, backend)
         torch.library.opcheck(ops._forward, arguments)
         loss, lse, mass, total = ops._forward(*arguments)
-        torch.library.opcheck(ops._backward, (loss, x, target, weight, lse, mass, total, *how, "triton"))
+        torch.library.opcheck(ops._backward, (loss, x, target, weight, lse, mass, total, *how, backend))
 
 
 X, T = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)

@@ -60,6 +60,8 @@ EVERY = {"max_pool2d": 7} if INTERPRET else {}
 
 # channels_last stays where PyTorch makes the output contiguous
 KEEP_LAYOUT = ("instance_norm",)
+# of a row of one element PyTorch's gradient is rounding times 1 / sqrt(eps), and ours the truth, 0
+TOLERANCES = {"layer_norm": dict(rtol=1.3e-6, atol=1e-4)}
 
 
 def test_all_ops_have_samples():
@@ -135,7 +137,9 @@ def check_samples(name, layout, backend):
                     place = f"{what} of sample {number}: {sample.input.shape} {sample.args} {sample.kwargs}"
                     assert (x is None) == (y is None), place
                     if x is not None:
-                        torch.testing.assert_close(x, y, equal_nan=True, msg=lambda m, p=place: f"{p}\n{m}")
+                        torch.testing.assert_close(
+                            x, y, equal_nan=True, msg=lambda m, p=place: f"{p}\n{m}", **TOLERANCES.get(name, {})
+                        )
                     if what == "output" and name not in KEEP_LAYOUT:
                         sizes = [(st, si) for st, si in zip(x.stride(), x.shape, strict=True) if si > 1]
                         expected = [(st, si) for st, si in zip(y.stride(), y.shape, strict=True) if si > 1]

@@ -5,6 +5,7 @@ q is the target as a distribution, class weights and smoothing included: for a c
 weight * (p * (1 - smoothing) + smoothing / C). dloss/dx = mass * softmax(x) - q with mass = sum of q.
 
 Row r = (n, s) of class c lies at n * stride_n + s * stride_s + c * stride_c; a tile is [BLOCK_R rows, BLOCK_C classes].
+C, stride_n and stride_s arrive divided by VEC, which tells the compiler how many classes one access may take.
 Sums over rows go program by program to memory and are merged in order: same bits on every run.
 """
 
@@ -12,6 +13,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.kernels.triton.common import accumulator
+from fastcnn.kernels.triton.loss_reduction import store_reduced
 
 
 @triton.jit
@@ -47,10 +49,11 @@ def class_index(target_ptr, r, rows, C, ignore_index):
 def cross_entropy_forward_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, total_ptr, lse_ptr, mass_ptr,
     rows, C, inner, stride_n, stride_s, stride_c, ignore_index, smoothing, smoothing_rest,
-    REDUCTION: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, INT64: tl.constexpr,
+    REDUCTION: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, INT64: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program computes the losses of BLOCK_R rows; REDUCTION "partial": their sums for the finalize kernel
+    C, stride_n, stride_s = C * VEC, stride_n * VEC, stride_s * VEC
     r, row = rows_of(inner, stride_n, stride_s, INT64, BLOCK_R)
     exists = r < rows
 
@@ -123,36 +126,14 @@ def cross_entropy_forward_kernel(
 
 
 @triton.jit
-def store_reduced(loss_ptr, total_ptr, loss, divisor, REDUCTION: tl.constexpr):
-    """Store the loss, divided for the mean, and what it was divided by."""
-    if REDUCTION == "mean":
-        loss = loss / divisor
-    tl.store(loss_ptr, loss.to(loss_ptr.dtype.element_ty))
-    tl.store(total_ptr, divisor)
-
-
-@triton.jit
-def cross_entropy_finalize_kernel(
-    partial_ptr, loss_ptr, total_ptr, programs, REDUCTION: tl.constexpr, BLOCK: tl.constexpr
-):
-    # one program adds the partial sums of all
-    loss = tl.zeros([BLOCK], partial_ptr.dtype.element_ty)
-    divisor = tl.zeros_like(loss)
-    for begin in range(0, programs, BLOCK):
-        i = begin + tl.arange(0, BLOCK)
-        loss += tl.load(partial_ptr + 2 * i, mask=i < programs, other=0.0)
-        divisor += tl.load(partial_ptr + 2 * i + 1, mask=i < programs, other=0.0)
-    store_reduced(loss_ptr, total_ptr, tl.sum(loss, axis=0), tl.sum(divisor, axis=0), REDUCTION)
-
-
-@triton.jit
 def cross_entropy_backward_kernel(
     grad_ptr, x_ptr, target_ptr, weight_ptr, lse_ptr, mass_ptr, total_ptr, dx_ptr,
     rows, C, inner, stride_n, stride_s, stride_c, ignore_index, smoothing, smoothing_rest,
-    REDUCTION: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, INT64: tl.constexpr,
+    REDUCTION: tl.constexpr, SOFT: tl.constexpr, SMOOTH: tl.constexpr, INT64: tl.constexpr, VEC: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program computes dx of BLOCK_R rows and BLOCK_C classes
+    C, stride_n, stride_s = C * VEC, stride_n * VEC, stride_s * VEC
     r, row = rows_of(inner, stride_n, stride_s, INT64, BLOCK_R)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     exists = r < rows
