@@ -5,6 +5,7 @@ Names that fastcnn does not have come from torch.optim, so `import fastcnn.optim
 
 import torch.optim
 
+from fastcnn.optim import lr_scheduler  # noqa: F401
 from fastcnn.optim.adam import Adam, AdamW, NAdam, RAdam
 from fastcnn.optim.lion import Lion
 from fastcnn.optim.rmsprop import Adagrad, RMSprop

@@ -37,7 +37,14 @@ class TrainConfig:
     lr: float = option(4e-3, "learning rate at the start", above=0)
     momentum: float = option(0.9, "for sgd", low=0)
     weight_decay: float = option(0.0, "weight decay, as the optimizer defines it", low=0)
-    scheduler: str = option("cosine", "cosine (falls to 0 over the run) or constant", choices=("cosine", "constant"))
+    scheduler: str = option(
+        "cosine",
+        "cosine or linear (fall to 0 over the run), inverse_time (lr / (1 + lr_decay t)), inverse_sqrt (lr / sqrt(t)), "
+        "t in epochs, or constant",
+        choices=("cosine", "linear", "inverse_time", "inverse_sqrt", "constant"),
+    )
+    lr_decay: float = option(1.0, "for inverse_time: how fast the learning rate falls", above=0)
+    warmup: int = option(0, "steps in which the learning rate first rises from 0", low=0)
     label_smoothing: float = option(0.0, "share of every target spread over all classes", low=0)
     seed: int = option(0, "of the weights, the order and the augmentation", low=0)
     device: str = option("auto", "cpu, cuda, or auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))

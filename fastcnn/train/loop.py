@@ -191,9 +191,20 @@ def _finish(config, out, model, data, device, history):
 
 def learning_rate(config, step, steps):
     """The learning rate of a step (from 0) in a run of so many steps."""
-    if config.scheduler == "constant":
-        return config.lr
-    return config.lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+    if step < config.warmup:
+        return config.lr * step / config.warmup
+    done = (step - config.warmup) / max(steps - config.warmup, 1)
+    t = done * config.epochs
+    return (
+        config.lr
+        * {
+            "cosine": lambda: 0.5 * (1 + math.cos(math.pi * done)),
+            "linear": lambda: 1 - done,
+            "inverse_time": lambda: 1 / (1 + config.lr_decay * t),
+            "inverse_sqrt": lambda: 1 / math.sqrt(max(t, 1)),
+            "constant": lambda: 1.0,
+        }[config.scheduler]()
+    )
 
 
 def best_row(history):
