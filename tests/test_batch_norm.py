@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import fastcnn
 import fastcnn.functional as fF
 from fastcnn.ops import batch_norm as ops
+from fastcnn.ops import batch_norm_passes as passes
 from fastcnn.testing import assert_close_to_truth, assert_matches
 
 LANES = ("triton", "cpu")
@@ -101,9 +102,9 @@ def test_batch_norm_evaluation_matches_torch(lane, case):
 @pytest.mark.parametrize("layout", (lambda x: x, channels_last), ids=("contiguous", "channels_last"))
 def test_batch_norm_strips(lane, layout, programs, monkeypatch):
     # small tiles: many strips of one tile, a ragged last strip of several, all tiles in one
-    monkeypatch.setattr(ops, "TILE", 64)
-    monkeypatch.setattr(ops, "PROGRAMS", programs)
-    monkeypatch.setattr(ops, "FINALIZE", dict(BLOCK_S=4, BLOCK_C=4))
+    monkeypatch.setattr(passes, "TILE", 64)
+    monkeypatch.setattr(passes, "PROGRAMS", programs)
+    monkeypatch.setattr(passes, "FINALIZE", dict(BLOCK_S=4, BLOCK_C=4))
     check(lane, (3, 5, 9, 10), layout=layout)
 
 
@@ -321,12 +322,16 @@ def test_batch_norm_compiles_without_graph_breaks(lane):
 def test_batch_norm_registration(lane, layout):
     x, weight, bias, mean, var = (t.detach() for t in tensors(lane, (2, 3, 4, 5), layout=layout))
     backend = "cpu" if lane.name == "cpu" else "triton"
-    torch.library.opcheck(ops._forward, (x, weight, bias, mean, var, 0.1, 1e-5, backend))
-    torch.library.opcheck(ops._forward, (x, None, None, None, None, 0.1, 1e-5, backend))
-    torch.library.opcheck(ops._forward_eval, (x, weight, bias, mean, var, 1e-5, backend))
-    for training, need_input, need_params in ((True, True, True), (False, True, False), (True, False, True)):
-        arguments = (torch.randn_like(x), x, weight, mean, var, training, 1e-5, need_input, need_params, backend)
-        torch.library.opcheck(ops._backward, arguments)
+    for residual, activation, mask in ((None, None, False), (x, "relu", True), (x, None, False)):
+        fused = (residual, 0.1, 1e-5, activation, mask, backend)
+        torch.library.opcheck(ops._forward, (x, weight, bias, mean, var, *fused))
+        torch.library.opcheck(ops._forward, (x, None, None, None, None, *fused))
+        fused = (residual, 1e-5, activation, mask, backend)
+        torch.library.opcheck(ops._forward_eval, (x, weight, bias, mean, var, *fused))
+        for training, *needs in ((True, True, True, mask), (False, True, False, mask), (True, False, True, False)):
+            bits = torch.ones(passes.mask_shape(x), dtype=torch.uint8, device=lane.device) if mask else None
+            arguments = (torch.randn_like(x), x, weight, bias, mean, var, None, bits, training, 1e-5, activation)
+            torch.library.opcheck(ops._backward, (*arguments, *needs, backend))
 
 
 def test_batch_norm_strided_parameters_run_on_pytorch(lane):
@@ -370,6 +375,12 @@ REFUSED = [
     (ValueError, "eps must be non-negative, but got -1", dict(eps=-1, training=False)),
     (TypeError, "momentum must be a number, got None", dict(momentum=None)),
     (TypeError, "training must be a bool, got 1", dict(training=1)),
+    (ValueError, "activation must be None or one of gelu, .*got 'elu'", dict(activation="elu")),
+    (TypeError, "residual must be a torch.Tensor, got float", dict(residual=1.0)),
+    (TypeError, r"residual must have the dtype of input \(torch.float32\), got torch.float64",
+     dict(residual=torch.zeros(2, 3, 4, 4).double())),
+    (ValueError, r"residual must have the shape of input \(2, 3, 4, 4\), got \(3, 4, 4\)",
+     dict(residual=torch.zeros(3, 4, 4))),
 ]  # fmt: skip
 
 
