@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +15,6 @@ from fastcnn.ops.feature_dropout import (
 from fastcnn.testing import assert_matches
 
 LANES = ("triton", "cpu")
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 SEED = 0x299F31D0A4093822
 
 
@@ -231,17 +228,6 @@ def test_feature_dropout_statistics(lane, p):
     # neighbours in the batch and among the channels draw independently
     for a, b in ((z[1:], z[:-1]), (z[:, 1:], z[:, :-1]), (z[:, 4:], z[:, :-4])):
         assert abs(float((a * b).mean())) < 6 / a.numel() ** 0.5
-
-
-def test_few_channels_are_torchs_on_cpu():
-    from fastcnn.ops.feature_dropout import CPU_SMALLEST
-
-    if INTERPRET:
-        pytest.skip("the interpreter takes any number")
-    with fastcnn.backend("auto"), fastcnn.strict():
-        fF.dropout2d(torch.ones(CPU_SMALLEST // 64, 64, 2, 2))
-        with pytest.raises(NotImplementedError, match="PyTorch's dropout of fewer than"):
-            fF.dropout2d(torch.ones(CPU_SMALLEST // 64 - 1, 64, 2, 2))
 
 
 def test_dropout2d_refuses_bad_arguments():

@@ -10,8 +10,8 @@ import torch
 
 from fastcnn.ops import common
 
-LARGEST = 64  # channels of a group, in fp64 half as many
-TILE = 1024  # elements of a tile, in fp64 half as many; twice as many spill
+LARGEST = {2: 64, 4: 64, 8: 16}  # channels of a group, by bytes of an element; more of them spill in fp64
+TILE = {2: 1024, 4: 512, 8: 512}  # elements of a tile: 128 bits per thread of 4 warps and load; more of them spill
 PROGRAMS = 1024  # eight per multiprocessor of an H100
 
 
@@ -32,7 +32,7 @@ def products_of(left, x, mean, group_size, backend):
     if backend == "triton":
         products, sums = launch_products(left, x, center, group_size)
     else:
-        centred = _grouped(x, group_size).to(wide_dtype(x)) - center.view(-1, group_size, 1)
+        centred = _grouped(x, group_size) - center.view(-1, group_size, 1)
         left_groups = centred if left is None else _grouped(left, group_size).to(wide_dtype(x))
         products = (left_groups @ centred.mT).double().sum(0)
         sums = left_groups.sum(3).double().sum(0).view(-1)
@@ -54,20 +54,24 @@ def map_channels(u, u_matrices, x, mean, x_matrices, shift, like, group_size, ba
 
     u_matrices, x_matrices [G, d, d], mean and shift [C], all fp64.
     """
-    y = torch.empty_like(like)
     if x is not None:
         mean, rest = _rounded(mean, x)
         shift = shift - (x_matrices.mT @ rest.view(-1, group_size, 1)).view(-1)
     shift = shift.to(wide_dtype(like))
     if backend == "triton":
+        y = torch.empty_like(like)
         launch_map(u, u_matrices, x, mean, x_matrices, shift, y, group_size)
         return y
-    result = shift.view(-1, group_size, 1)
+    result = 0
     if u is not None:
-        result = result + u_matrices.mT.to(shift.dtype) @ _grouped(u, group_size).to(shift.dtype)
+        result = u_matrices.mT.to(shift.dtype) @ _grouped(u, group_size).to(shift.dtype)
     if x is not None:
-        centred = _grouped(x, group_size).to(shift.dtype) - mean.view(-1, group_size, 1)
-        result = result + x_matrices.mT.to(shift.dtype) @ centred
+        # 16-bit numbers less a mean of 32 bits are 32-bit numbers
+        result = result + x_matrices.mT.to(shift.dtype) @ (_grouped(x, group_size) - mean.view(-1, group_size, 1))
+    result += shift.view(-1, group_size, 1)
+    if like.is_contiguous():
+        return result.view(like.shape).to(like.dtype)
+    y = torch.empty_like(like)
     _grouped(y, group_size).copy_(result)
     return y
 
@@ -91,8 +95,7 @@ def _launch_plan(x, group_size):
     else:
         images, inner, strides = 1, N * pixels, (0, C, 1)
     block_d = max(16, _power_of_two(D))
-    tile = TILE // 2 if x.dtype == torch.float64 else TILE
-    block_i = max(16, min(tile // block_d, _power_of_two(inner)))
+    block_i = max(16, min(TILE[x.dtype.itemsize] // block_d, _power_of_two(inner)))
     tiles = images * -(-inner // block_i)
     strips = min(tiles, max(1, PROGRAMS // blocks))
     how = dict(

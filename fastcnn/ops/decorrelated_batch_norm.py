@@ -46,7 +46,7 @@ def decorrelated_batch_norm_reference(
 def _why_not(backend, x, parameters, group_size):
     if x.dtype not in common.FLOATS:
         return f"decorrelated_batch_norm has kernels for floating-point tensors and got {x.dtype}"
-    largest = groups.LARGEST // 2 if x.dtype == torch.float64 else groups.LARGEST
+    largest = groups.LARGEST[x.dtype.itemsize]
     if backend == "triton" and group_size > largest:
         return f"decorrelated_batch_norm has kernels for groups of at most {largest} channels and got {group_size}"
     if not all(t is None or t.is_contiguous() for t in parameters):

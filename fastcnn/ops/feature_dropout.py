@@ -13,14 +13,13 @@ import warnings
 
 import torch
 
-from fastcnn.backends import Op, current_backend
+from fastcnn.backends import Op
 from fastcnn.ops import common
 from fastcnn.ops.dropout import check_p_and_flags, draw_seed, factors_reference, threshold_and_scale
 
 TILE = 2048  # elements of a tile: 16 per thread of 4 warps
 BLOCK_C = 64
 PROGRAMS = 1024  # from here on a program takes more tiles: eight programs per multiprocessor of an H100
-CPU_SMALLEST = 4096  # channels
 
 
 def feature_dropout_reference(x, residual, seed, p, leading):
@@ -39,12 +38,6 @@ def why_not(backend, x, leading, inplace=False):
     if inplace and (not common.is_dense(x) or _layout(x, leading) is None):
         return f"dropout in place needs contiguous or channels_last memory, got strides {x.stride()}"
     return None
-
-
-def _why_not(backend, x, leading, inplace):
-    if backend == "cpu" and current_backend() == "auto" and math.prod(x.shape[:leading]) < CPU_SMALLEST:
-        return f"PyTorch's dropout of fewer than {CPU_SMALLEST:,} channels is as fast on CPU"
-    return why_not(backend, x, leading, inplace)
 
 
 def _layout(x, leading):
@@ -181,8 +174,8 @@ _ops = {
     name: Op(
         name,
         cpu_kernel=True,
-        cpu_auto=True,
-        why="the product takes both as long; our random numbers are faster from thousands of channels",
+        cpu_auto=False,
+        why="the product takes both as long, and PyTorch starts fewer kernels",
     )
     for name in ("dropout1d", "dropout2d", "dropout3d")
 }
@@ -193,7 +186,7 @@ def _feature_dropout(name, input, leading, p, training, inplace):
     if not training or p == 0 or input.numel() == 0:
         return input
     common.check_float("input", input)
-    backend = _ops[name].route(input, lambda backend: _why_not(backend, input, leading, inplace))
+    backend = _ops[name].route(input, lambda backend: why_not(backend, input, leading, inplace))
     if backend == "torch":
         batch = input if leading == 2 else input.unsqueeze(0)
         output = (torch.feature_dropout_ if inplace else torch.feature_dropout)(batch, p, True)

@@ -8,13 +8,12 @@ ops/feature_dropout.py.
 
 import torch
 
-from fastcnn.backends import Op, current_backend
+from fastcnn.backends import Op
 from fastcnn.ops import common
 from fastcnn.ops.dropout import check_p_and_flags, draw_seed
 from fastcnn.ops.feature_dropout import FeatureDropoutFunction, feature_dropout_reference, why_not
 
 LEADING = {"row": 1, "batch": 0}
-CPU_SMALLEST = 2**16  # elements
 
 
 def stochastic_depth_reference(input, residual, seed, p, mode):
@@ -22,17 +21,11 @@ def stochastic_depth_reference(input, residual, seed, p, mode):
     return feature_dropout_reference(input, residual, seed, p, LEADING[mode])
 
 
-def _why_not(backend, input, residual, mode):
-    if backend == "cpu" and current_backend() == "auto" and (residual is None or input.numel() < CPU_SMALLEST):
-        return "PyTorch's product is as fast on CPU without residual and on small tensors"
-    return why_not(backend, input, LEADING[mode])
-
-
 _op = Op(
     "stochastic_depth",
     cpu_kernel=True,
-    cpu_auto=True,
-    why="product and sum in one pass",
+    cpu_auto=False,
+    why="PyTorch's product and sum are one pass, too, and start fewer kernels",
 )
 
 
@@ -71,7 +64,7 @@ def stochastic_depth(input, p, mode="row", training=True, *, residual=None):
             )
     if not training or p == 0 or input.numel() == 0:
         return input if residual is None else residual + input
-    backend = _op.route(input, lambda backend: _why_not(backend, input, residual, mode))
+    backend = _op.route(input, lambda backend: why_not(backend, input, LEADING[mode]))
     if backend == "torch":
         size = (len(input) if mode == "row" else 1, *[1] * (input.dim() - 1))
         factors = torch.empty(size, dtype=input.dtype, device=input.device).bernoulli_(1 - p)
