@@ -1,24 +1,31 @@
-"""cross_entropy: the loss behind every classifier, with class indices, mean over the batch."""
+"""cross_entropy: the loss behind every classifier, with class indices, mean over the batch; and over pixels."""
+
+import math
 
 import torch
 
 from fastcnn.benchmarks import cases
 from fastcnn.benchmarks.harness import Problem
 
-# 1,000 classes behind ImageNet networks; CIFAR-10, ImageNet-21k
+# 1,000 classes behind ImageNet networks; CIFAR-10, ImageNet-21k; the 21 classes of Pascal VOC at every pixel
 CASES = [
-    cases.Case("cross_entropy", name, {"classes": classes})
-    for name, classes in (("imagenet.loss", 1000), ("cifar10.loss", 10), ("imagenet21k.loss", 21843))
+    cases.Case("cross_entropy", name, {"classes": classes, "size": size})
+    for name, classes, size in (
+        ("imagenet.loss", 1000, ()),
+        ("cifar10.loss", 10, ()),
+        ("imagenet21k.loss", 21843, ()),
+        ("voc.pixels", 21, (64, 64)),
+    )
 ]
 
 
 def build(case, setting):
-    classes = case.layer["classes"]
-    shape = (setting.batch, classes)
+    shape = (setting.batch, case.layer["classes"], *case.layer["size"])
+    rows = (setting.batch, *case.layer["size"])
     generator = torch.Generator(setting.device).manual_seed(2)
-    target = torch.randint(classes, (setting.batch,), generator=generator, device=setting.device)
+    target = torch.randint(shape[1], rows, generator=generator, device=setting.device)
     tensors = {"input": cases.randn(shape, setting).requires_grad_(), "target": target}
-    elements = setting.batch * classes
+    elements = math.prod(shape)
     size = elements * setting.dtype.itemsize
 
     def function(api, input, target):

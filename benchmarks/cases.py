@@ -14,8 +14,10 @@ from fastcnn.benchmarks.harness import Problem
 # every op has its file bench_<op>.py with CASES and build(case, setting)
 OPS = (
     "conv2d", "depthwise_conv2d", "conv_transpose2d", "linear", "batch_norm", "activation", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "dropout", "cross_entropy", "group_norm", "layer_norm", "instance_norm",
-    "local_response_norm", "optim",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "lp_pool2d", "dropout", "dropout2d", "stochastic_depth",
+    "drop_connect", "decorrelated_batch_norm", "cross_entropy",
+    "elementwise_loss", "multi_margin_loss",
+    "group_norm", "layer_norm", "instance_norm", "local_response_norm", "optim",
 )  # fmt: skip
 QUICK = {
     "conv2d": 7,
@@ -99,6 +101,11 @@ def randn(shape, setting, seed=0, scale=1.0, dtype=None):
     """Normal random numbers on the setting's device, the same in every run."""
     generator = torch.Generator(setting.device).manual_seed(seed)
     return (torch.randn(shape, generator=generator, device=setting.device) * scale).to(dtype or setting.dtype)
+
+
+def kept(tensor, dims):
+    """1 where a slice over these dimensions has an element other than 0, else 0; fp64, of size 1 in these dimensions."""
+    return tensor.detach().ne(0).any(dim=dims, keepdim=True).double()
 
 
 def text(shape):

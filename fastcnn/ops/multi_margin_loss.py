@@ -231,8 +231,8 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
     dtype = _check(input, target, p, margin, weight)
     backend = _op.route(input, lambda backend: _why_not(backend, input, target, weight, dtype))
     if backend == "torch":
-        if input.numel() == 0 and reduction == "mean":
-            return input.sum() * math.nan
+        if input.numel() == 0 and reduction != "none":
+            return input.sum() * math.nan if reduction == "mean" else input.sum()
         try:
             return F.multi_margin_loss(input, target, p, margin, weight, reduction=reduction)
         except NotImplementedError:  # forward-mode gradients
