@@ -103,7 +103,7 @@ def _strips_plan(x, view):
         block_c = min(_power_of_two(view.C), 64)
         block_s = min(TILE // block_c, _power_of_two(view.S))
     else:
-        block_s = min(_power_of_two(view.S), TILE, 1024 if view.C > 1 else TILE)
+        block_s = min(_power_of_two(view.S), 1024, TILE)
         block_c = min(_power_of_two(view.C), TILE // block_s)
     tiles = _cdiv(view.S, block_s)
     c_blocks = _cdiv(view.C, block_c)
@@ -228,9 +228,9 @@ def _run_on_cpu(direction, view, tensors, parameters, *scalars):
 
     common.cpu_threads(view.N * view.C * view.S)
     rows = view.stride_c == 1
-    shape = (view.N, view.S, view.C) if rows else (view.N, view.C, view.S)
+    shape = (view.N, view.S * view.C) if rows else (view.N, view.C, view.S)
     flat = [t.detach().as_strided((t.numel(),), (1,)).numpy() for t in tensors]
-    arrays = [a.reshape(shape if a.size else (0, 0, 0)) for a in flat]
+    arrays = [a.reshape(shape if a.size else (0,) * len(shape)) for a in flat]
     arrays += [flat[0][:0] if t is None else t.detach().numpy() for t in parameters]
     getattr(kernels, ("rows_" if rows else "planes_") + direction)(*arrays, *scalars)
 

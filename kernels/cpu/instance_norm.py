@@ -1,16 +1,18 @@
-"""Instance norm on numpy arrays, two layouts: planes x[N, C, S] (contiguous) and rows x[N, S, C] (channels_last).
+"""Instance norm on numpy arrays, two layouts: planes x[N, C, S] (contiguous), and x[N, S * C] (channels_last) in rows.
 
 Sums are taken in the dtype of x over short runs, about a pivot near the mean, in lanes that vectorise as they stand,
 and added up in fp64. A task of the planes kernels owns whole planes; one of the rows kernels a strip of the pixels of
-an image, with every channel. Strips and the order of additions depend on the shape alone: any number of threads gives
-the same bits. mean and rstd are [N, C]; weight, bias and whatever is not wanted may be empty.
+an image, with every channel; a row is several pixels where channels are few, to fill vectors. Strips and the order of
+additions depend on the shape alone: any number of threads gives the same bits. mean and rstd are [N, C]; weight, bias
+and whatever is not wanted may be empty.
 """
 
 import numba
 import numpy as np
 
 LANES = 64  # sums side by side in a plane
-RUN = 64  # times LANES elements of a plane, and quadruples of pixels, per run
+RUN = 64  # times LANES elements of a plane, and quadruples of rows, per run
+FOLD = 64  # elements of a row at least
 STRIP = 65536  # elements of a strip: what a core's cache holds
 
 jit = numba.njit(parallel=True, cache=True, error_model="numpy")
@@ -132,143 +134,167 @@ def planes_backward(dy, x, dx, weight, mean, rstd, dweight, dbias):
 
 
 @inline
-def strip_length(S, C):
-    """Pixels of a strip."""
-    return min(S, max(16, STRIP // C))
+def row_length(C):
+    """Elements of a row: as many whole pixels as fill vectors."""
+    return C * ((FOLD + C - 1) // C)
+
+
+@inline
+def strip_length(rows, L):
+    """Rows of a strip."""
+    return min(rows, max(16, STRIP // L))
+
+
+@inline
+def repeated(per_channel, L, dtype):
+    """A value per channel, repeated for the pixels of a row."""
+    row = np.empty(L, dtype)
+    for j in range(L):
+        row[j] = per_channel[j % per_channel.size]
+    return row
 
 
 @inline
 def add_moments(x, n, begin, end, pivot, s1, s2):
-    """Add the sums of x - pivot and of its square over pixels of image n to s1 and s2, in fp64."""
-    C = x.shape[2]
-    run1, run2 = np.empty(C, x.dtype), np.empty(C, x.dtype)
+    """Add the sums of x - pivot and of its square over rows of image n to s1 and s2, in fp64."""
+    L = pivot.size
+    size = x.shape[1]
+    run1, run2 = np.empty(L, x.dtype), np.empty(L, x.dtype)
     for start in range(begin, end, 4 * RUN):
         run1[:] = 0
         run2[:] = 0
         stop = min(start + 4 * RUN, end)
-        whole = start + (stop - start) // 4 * 4
-        for s in range(start, whole, 4):  # four pixels for each load and store of the sums
-            for c in range(C):
-                a = x[n, s, c] - pivot[c]
-                b = x[n, s + 1, c] - pivot[c]
-                d = x[n, s + 2, c] - pivot[c]
-                e = x[n, s + 3, c] - pivot[c]
-                run1[c] += (a + b) + (d + e)
-                run2[c] += (a * a + b * b) + (d * d + e * e)
-        for s in range(whole, stop):
-            for c in range(C):
-                a = x[n, s, c] - pivot[c]
-                run1[c] += a
-                run2[c] += a * a
-        for c in range(C):
-            s1[c] += run1[c]
-            s2[c] += run2[c]
+        whole = start + (min(stop, size // L) - start) // 4 * 4
+        for row in range(start, whole, 4):  # four rows for each load and store of the sums
+            i = row * L
+            for j in range(L):
+                a = x[n, i + j] - pivot[j]
+                b = x[n, i + L + j] - pivot[j]
+                c = x[n, i + 2 * L + j] - pivot[j]
+                d = x[n, i + 3 * L + j] - pivot[j]
+                run1[j] += (a + b) + (c + d)
+                run2[j] += (a * a + b * b) + (c * c + d * d)
+        for row in range(whole, stop):
+            for j in range(min(L, size - row * L)):
+                a = x[n, row * L + j] - pivot[j]
+                run1[j] += a
+                run2[j] += a * a
+        for j in range(L):
+            s1[j] += run1[j]
+            s2[j] += run2[j]
 
 
 @inline
 def add_products(dy, x, n, begin, end, centre, s1, s2):
-    """Add the sums of dy and of dy * (x - centre) over pixels of image n to s1 and s2, in fp64."""
-    C = x.shape[2]
-    run1, run2 = np.empty(C, x.dtype), np.empty(C, x.dtype)
+    """Add the sums of dy and of dy * (x - centre) over rows of image n to s1 and s2, in fp64."""
+    L = centre.size
+    size = x.shape[1]
+    run1, run2 = np.empty(L, x.dtype), np.empty(L, x.dtype)
     for start in range(begin, end, 4 * RUN):
         run1[:] = 0
         run2[:] = 0
         stop = min(start + 4 * RUN, end)
-        whole = start + (stop - start) // 4 * 4
-        for s in range(start, whole, 4):
-            for c in range(C):
-                a, b, d, e = dy[n, s, c], dy[n, s + 1, c], dy[n, s + 2, c], dy[n, s + 3, c]
-                run1[c] += (a + b) + (d + e)
-                run2[c] += (a * (x[n, s, c] - centre[c]) + b * (x[n, s + 1, c] - centre[c])) + (
-                    d * (x[n, s + 2, c] - centre[c]) + e * (x[n, s + 3, c] - centre[c])
+        whole = start + (min(stop, size // L) - start) // 4 * 4
+        for row in range(start, whole, 4):
+            i = row * L
+            for j in range(L):
+                a, b, c, d = dy[n, i + j], dy[n, i + L + j], dy[n, i + 2 * L + j], dy[n, i + 3 * L + j]
+                run1[j] += (a + b) + (c + d)
+                run2[j] += (a * (x[n, i + j] - centre[j]) + b * (x[n, i + L + j] - centre[j])) + (
+                    c * (x[n, i + 2 * L + j] - centre[j]) + d * (x[n, i + 3 * L + j] - centre[j])
                 )
-        for s in range(whole, stop):
-            for c in range(C):
-                run1[c] += dy[n, s, c]
-                run2[c] += dy[n, s, c] * (x[n, s, c] - centre[c])
-        for c in range(C):
-            s1[c] += run1[c]
-            s2[c] += run2[c]
+        for row in range(whole, stop):
+            for j in range(min(L, size - row * L)):
+                run1[j] += dy[n, row * L + j]
+                run2[j] += dy[n, row * L + j] * (x[n, row * L + j] - centre[j])
+        for j in range(L):
+            s1[j] += run1[j]
+            s2[j] += run2[j]
 
 
 @inline
-def row_pivot(x, n):
+def pixel_pivot(x, n, C):
     """Mean of each channel over the first pixels of image n, 0 where it is not finite."""
-    pivot = np.zeros(x.shape[2], x.dtype)
-    pixels = min(x.shape[1], 16)
+    pivot = np.zeros(C, x.dtype)
+    pixels = min(x.shape[1] // C, 16)
     for s in range(pixels):
-        for c in range(x.shape[2]):
-            pivot[c] += x[n, s, c]
-    for c in range(x.shape[2]):
+        for c in range(C):
+            pivot[c] += x[n, s * C + c]
+    for c in range(C):
         pivot[c] = finite(pivot[c] / x.dtype.type(pixels))
     return pivot
 
 
 @inline
-def merged(partial, n, strips):
-    """Sum of the strips of image n of partial [N * strips, C]."""
-    total = np.zeros(partial.shape[1])
+def merged(partial, n, strips, C):
+    """Sum per channel of the strips of image n of partial [N * strips, L]."""
+    total = np.zeros(C)
     for strip in range(strips):
-        for c in range(total.size):
-            total[c] += partial[n * strips + strip, c]
+        for j in range(partial.shape[1]):
+            total[j % C] += partial[n * strips + strip, j]
     return total
 
 
 @jit
 def rows_forward(x, y, weight, bias, mean, rstd, eps):
     """y, mean and rstd."""
-    N, S, C = x.shape
-    length = strip_length(S, C)
-    strips = (S + length - 1) // length
-    partial1, partial2 = np.zeros((N * strips, C)), np.zeros((N * strips, C))
+    N, size = x.shape
+    C = mean.shape[1]
+    L = row_length(C)
+    rows = (size + L - 1) // L
+    length = strip_length(rows, L)
+    strips = (rows + length - 1) // length
+    partial1, partial2 = np.zeros((N * strips, L)), np.zeros((N * strips, L))
     for task in numba.prange(N * strips):
         n = task // strips
         begin = (task - n * strips) * length
-        add_moments(x, n, begin, min(begin + length, S), row_pivot(x, n), partial1[task], partial2[task])
+        pivot = repeated(pixel_pivot(x, n, C), L, x.dtype)
+        add_moments(x, n, begin, min(begin + length, rows), pivot, partial1[task], partial2[task])
     for n in range(N):
-        pivot = row_pivot(x, n)
-        s1, s2 = merged(partial1, n, strips), merged(partial2, n, strips)
+        pivot = pixel_pivot(x, n, C)
+        s1, s2 = merged(partial1, n, strips, C), merged(partial2, n, strips, C)
         for c in range(C):
-            mean[n, c], rstd[n, c] = statistics(pivot[c], s1[c], s2[c], S, eps)
+            mean[n, c], rstd[n, c] = statistics(pivot[c], s1[c], s2[c], size // C, eps)
     for task in numba.prange(N * strips):
         n = task // strips
         begin = (task - n * strips) * length
-        scale, shift = rstd[n].copy(), np.zeros(C, x.dtype)
-        if weight.size > 0:
-            scale *= weight
-        if bias.size > 0:
-            shift += bias
-        for s in range(begin, min(begin + length, S)):
-            for c in range(C):
-                y[n, s, c] = (x[n, s, c] - mean[n, c]) * scale[c] + shift[c]
+        centre = repeated(mean[n], L, x.dtype)
+        scale = repeated(rstd[n] * weight if weight.size > 0 else rstd[n], L, x.dtype)
+        shift = repeated(bias, L, x.dtype) if bias.size > 0 else np.zeros(L, x.dtype)
+        for row in range(begin, min(begin + length, rows)):
+            for j in range(min(L, size - row * L)):
+                y[n, row * L + j] = (x[n, row * L + j] - centre[j]) * scale[j] + shift[j]
 
 
 @jit
 def rows_backward(dy, x, dx, weight, mean, rstd, dweight, dbias):
     """dx, dweight and dbias, each unless empty."""
-    N, S, C = x.shape
-    length = strip_length(S, C)
-    strips = (S + length - 1) // length
-    partial1, partial2 = np.zeros((N * strips, C)), np.zeros((N * strips, C))
+    N, size = x.shape
+    C = mean.shape[1]
+    L = row_length(C)
+    rows = (size + L - 1) // L
+    length = strip_length(rows, L)
+    strips = (rows + length - 1) // length
+    partial1, partial2 = np.zeros((N * strips, L)), np.zeros((N * strips, L))
     for task in numba.prange(N * strips):
         n = task // strips
         begin = (task - n * strips) * length
-        add_products(dy, x, n, begin, min(begin + length, S), mean[n], partial1[task], partial2[task])
+        centre = repeated(mean[n], L, x.dtype)
+        add_products(dy, x, n, begin, min(begin + length, rows), centre, partial1[task], partial2[task])
     sums1, sums2 = np.empty((N, C)), np.empty((N, C))
     for n in range(N):
-        sums1[n] = merged(partial1, n, strips)
-        sums2[n] = merged(partial2, n, strips)
+        sums1[n] = merged(partial1, n, strips, C)
+        sums2[n] = merged(partial2, n, strips, C)
     sum_images(sums1, sums2, rstd, dweight, dbias)
     if dx.size > 0:
         for task in numba.prange(N * strips):
             n = task // strips
             begin = (task - n * strips) * length
-            along_one, along_x, scale = np.empty(C, x.dtype), np.empty(C, x.dtype), rstd[n].copy()
-            for c in range(C):
-                along_one[c] = sums1[n, c] / S
-                along_x[c] = sums2[n, c] / S * rstd[n, c] * rstd[n, c]
-            if weight.size > 0:
-                scale *= weight
-            for s in range(begin, min(begin + length, S)):
-                for c in range(C):
-                    dx[n, s, c] = (dy[n, s, c] - along_one[c] - (x[n, s, c] - mean[n, c]) * along_x[c]) * scale[c]
+            centre = repeated(mean[n], L, x.dtype)
+            scale = repeated(rstd[n] * weight if weight.size > 0 else rstd[n], L, x.dtype)
+            along_one = repeated(sums1[n] * C / size, L, x.dtype)
+            along_x = repeated(sums2[n] * rstd[n] * rstd[n] * C / size, L, x.dtype)
+            for row in range(begin, min(begin + length, rows)):
+                for j in range(min(L, size - row * L)):
+                    i = row * L + j
+                    dx[n, i] = (dy[n, i] - along_one[j] - (x[n, i] - centre[j]) * along_x[j]) * scale[j]
