@@ -638,7 +638,7 @@ def test_differentiable_runs_on_torch():
 
 
 def test_compiled_step():
-    for name in INFOS:
+    for name in ("Adam", "SGD", "RMSprop"):
         a, b = ours(name)(parameters()), theirs(name)(parameters())
         set_grads(params_of(a), 0)
         set_grads(params_of(b), 0)
@@ -667,7 +667,7 @@ def test_sgd_without_momentum_runs_on_torch_where_that_is_faster():
 
 def test_names_that_we_do_not_have_are_torchs():
     assert fastcnn.optim.Rprop is torch.optim.Rprop
-    assert fastcnn.optim.lr_scheduler is torch.optim.lr_scheduler
+    assert fastcnn.optim.lr_scheduler.StepLR is torch.optim.lr_scheduler.StepLR
 
 
 def test_a_users_subclass_with_its_own_step(lane):

@@ -131,6 +131,20 @@ def test_options_survive_checkpoints_and_copies(lane):
     assert "ema" in a.state[params_of(a)[0]]
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_bf16_copy_is_torchs_rounding(lane, dtype):
+    if lane.name == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("PyTorch runs bf16 on CPU")
+    # halfway cases, overflow to infinity, denormals, NaN
+    values = [1.00390625, 1.01171875, -1.00390625, 3.4e38, 1e-39, -0.0, torch.nan, torch.inf, 2.5]
+    p = torch.nn.Parameter(torch.tensor(values, device=lane.device, dtype=dtype))
+    p.grad = torch.zeros_like(p)
+    a = fastcnn.optim.SGD([p], lr=0.0, bf16_copy=True)
+    a.step()
+    assert a.state[p]["bf16"].dtype == torch.bfloat16
+    torch.testing.assert_close(a.state[p]["bf16"], p.detach().bfloat16(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_average_of_16_bit_parameters_is_fp32_and_stays_so(lane):
     if lane.name == "cpu":
         pytest.skip("PyTorch runs bf16 on CPU")

@@ -101,7 +101,7 @@ class Adam(_BiasCorrectedOrNot, torch.optim.Adam):
     Args:
         bias_correction: False uses the averages as they are, without the factors 1 / (1 - beta^t); with amsgrad=True,
             the form of its paper.
-        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.multi_tensor.
+        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.options.
 
     Raises:
         ValueError, TypeError: as torch, and for values of these that are out of range.
@@ -117,7 +117,7 @@ class AdamW(_BiasCorrectedOrNot, torch.optim.AdamW):
 
 
 class NAdam(_AdamStep, torch.optim.NAdam):
-    """torch.optim.NAdam with one launch per dtype and device; more arguments see fastcnn.optim.multi_tensor."""
+    """torch.optim.NAdam with one launch per dtype and device; more arguments see fastcnn.optim.options."""
 
     _op = Op("nadam", cpu_kernel=True, cpu_auto=True, why=WHY)
     _rule = "nadam"
@@ -143,7 +143,7 @@ class NAdam(_AdamStep, torch.optim.NAdam):
 
 
 class RAdam(_AdamStep, torch.optim.RAdam):
-    """torch.optim.RAdam with one launch per dtype and device; more arguments see fastcnn.optim.multi_tensor."""
+    """torch.optim.RAdam with one launch per dtype and device; more arguments see fastcnn.optim.options."""
 
     _op = Op("radam", cpu_kernel=True, cpu_auto=True, why=WHY)
     _rule = "radam"

@@ -28,7 +28,7 @@ class Lion(MultiTensorStep, _PlainLion):
         betas: of the step's direction and of the average kept.
         weight_decay: decoupled.
         maximize: as torch.optim.
-        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.multi_tensor.
+        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.options.
 
     Source: Chen et al. 2023, "Symbolic discovery of optimization algorithms", algorithm 2.
     """

@@ -13,7 +13,7 @@ from fastcnn.optim.multi_tensor import MultiTensorStep, number
 
 
 class RMSprop(MultiTensorStep, torch.optim.RMSprop):
-    """torch.optim.RMSprop with one launch per dtype and device; more arguments see fastcnn.optim.multi_tensor."""
+    """torch.optim.RMSprop with one launch per dtype and device; more arguments see fastcnn.optim.options."""
 
     _op = Op("rmsprop", cpu_kernel=True, cpu_auto=True, why="one kernel for all tensors; PyTorch has no fused one")
     _scalars = ("step",)
@@ -50,7 +50,7 @@ class RMSprop(MultiTensorStep, torch.optim.RMSprop):
 
 
 class Adagrad(MultiTensorStep, torch.optim.Adagrad):
-    """torch.optim.Adagrad with one launch per dtype and device; more arguments see fastcnn.optim.multi_tensor."""
+    """torch.optim.Adagrad with one launch per dtype and device; more arguments see fastcnn.optim.options."""
 
     _op = Op("adagrad", cpu_kernel=True, cpu_auto=True, why="one kernel for all tensors")
     _scalars = ("step",)

@@ -63,7 +63,7 @@ class SGD(_SGDStep, torch.optim.SGD):
     """torch.optim.SGD with one launch per dtype and device: same arguments, same state_dict.
 
     Args:
-        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.multi_tensor.
+        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.options.
     """
 
     _op = Op(
@@ -154,7 +154,7 @@ class LARS(_SGDStep, _PlainLARS):
         lr, momentum, dampening, weight_decay, nesterov, maximize: as torch.optim.SGD.
         trust_coefficient: the paper's eta.
         eps: keeps the denominator from 0.
-        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.multi_tensor. The norm is that of the clipped
+        l1, max_grad_norm, ema_decay, bf16_copy: see fastcnn.optim.options. The norm is that of the clipped
             gradient without the L1 penalty.
 
     Source: You et al. 2017, "Large batch training of convolutional networks", algorithm 1.

@@ -81,7 +81,10 @@ def finish(addresses, t, offset, n, like, options):
         _average(array_at(p, n, like), average, real(options[3]))
     if options[4] != 0:
         copy = array_at(addresses[options[4], t] + offset * 2, n, LIKE_INT16)
-        _round_to_bf16(array_at(p, n, LIKE_INT32), copy)
+        if like.itemsize == 8:
+            _round_to_bf16(array_at(p, n, like).astype(np.float32).view(np.uint32), copy)
+        else:
+            _round_to_bf16(array_at(p, n, LIKE_INT32), copy)
 
 
 @numba.njit(parallel=True, cache=True, error_model="numpy")
