@@ -14,9 +14,9 @@ from fastcnn.benchmarks.harness import Problem
 # every op has its file bench_<op>.py with CASES and build(case, setting)
 OPS = (
     "conv2d", "depthwise_conv2d", "conv_transpose2d", "linear", "batch_norm", "activation", "max_pool2d", "avg_pool2d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "lp_pool2d", "dropout", "dropout2d", "stochastic_depth",
-    "drop_connect", "decorrelated_batch_norm", "cross_entropy",
-    "elementwise_loss", "multi_margin_loss",
+    "adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "lp_pool2d", "dropout", "dropout2d",
+    "stochastic_depth", "drop_connect", "decorrelated_batch_norm", "cross_entropy",
+    "elementwise_loss", "multi_margin_loss", "batch_norm_act",
     "group_norm", "layer_norm", "instance_norm", "local_response_norm", "optim",
 )  # fmt: skip
 QUICK = {
@@ -104,7 +104,7 @@ def randn(shape, setting, seed=0, scale=1.0, dtype=None):
 
 
 def kept(tensor, dims):
-    """1 where a slice over these dimensions has an element other than 0, else 0; fp64, of size 1 in these dimensions."""
+    """1 where a slice over these dimensions has an element that is not 0, else 0; fp64, of size 1 there."""
     return tensor.detach().ne(0).any(dim=dims, keepdim=True).double()
 
 

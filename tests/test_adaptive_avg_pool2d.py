@@ -2,8 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fastcnn
 import fastcnn.functional as fF
 from fastcnn.ops import adaptive_avg_pool2d as op
+from fastcnn.ops import pooling
 from fastcnn.testing import assert_matches
 
 CASES = {
@@ -129,7 +131,7 @@ def test_adaptive_avg_pool2d_second_derivative(lane, size):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_adaptive_avg_pool2d_64_bit_variant(lane, channels_last, monkeypatch):
-    monkeypatch.setattr(op, "_exceeds_int32", lambda *arguments: True)
+    monkeypatch.setattr(pooling, "parts_exceed_int32", lambda *arguments: True)
     x = make((2, 5, 9, 10), channels_last, lane.device).requires_grad_()
     for size in (1, (4, 3)):
         assert_matches(
@@ -159,3 +161,23 @@ def test_adaptive_avg_pool2d_refuses_bad_arguments():
     ]:
         with pytest.raises(error, match=message):
             fF.adaptive_avg_pool2d(input, size)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_adaptive_avg_pool2d_global_on_cpu(channels_last, dtype):
+    with fastcnn.backend("cpu"), fastcnn.strict():
+        for shape in ((2, 5, 7, 9), (3, 40, 1, 6), (1, 1, 1, 1)):
+            x = make(shape, channels_last, dtype=dtype).requires_grad_()
+            assert_matches(lambda x: fF.adaptive_avg_pool2d(x, 1), lambda x: F.adaptive_avg_pool2d(x, 1), x)
+            y = fF.adaptive_avg_pool2d(x, 1)
+            assert y.stride() == F.adaptive_avg_pool2d(x, 1).stride()
+            (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+            assert grad.stride() == x.stride()
+        with pytest.raises(NotImplementedError, match="that of global pooling"):
+            fF.adaptive_avg_pool2d(x, 2)
+    with fastcnn.backend("auto"):
+        large = torch.zeros(1, 32, 512, 512)
+        assert "without a backward" in op._why_not("cpu", large, [1, 1])
+        assert op._why_not("cpu", large.requires_grad_(), [1, 1]) is None
+        assert "2^23 elements" in op._why_not("cpu", large[:, :31], [1, 1])

@@ -137,9 +137,9 @@ def test_avg_pool2d_on_cpu_runs_what_was_measured_faster():
     window, big = [2, 2, 2, 2, 0, 0, 1, 1], torch.zeros(1, 128, 32, 32)
     with fastcnn.backend("auto"):
         assert op._why_not("cpu", big, window) is None
-        assert "measured faster" in op._why_not("cpu", big[:, :4], window)
-        assert "measured faster" in op._why_not("cpu", big.to(memory_format=torch.channels_last), window)
-        assert "measured faster" in op._why_not("cpu", big, [7, 7, *window[2:]])
+        assert "measured as fast" in op._why_not("cpu", big[:, :4], window)
+        assert "measured as fast" in op._why_not("cpu", big.to(memory_format=torch.channels_last), window)
+        assert "measured as fast" in op._why_not("cpu", big, [7, 7, *window[2:]])
         assert "float32 and float64" in op._why_not("cpu", big.half(), window)
     with fastcnn.backend("cpu"):
         assert op._why_not("cpu", big[:, :4], window) is None

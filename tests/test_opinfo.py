@@ -32,7 +32,6 @@ NAMES = {
             "conv2d",
             "conv_transpose2d",
             "cross_entropy",
-            "fractional_max_pool2d",
             "gelu",
             "group_norm",
             "hardswish",

@@ -40,3 +40,31 @@ class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
 
     def forward(self, input):
         return F.adaptive_avg_pool2d(input, self.output_size)
+
+
+class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
+    """torch.nn.AdaptiveMaxPool2d on fastcnn.functional.adaptive_max_pool2d."""
+
+    def forward(self, input):
+        return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class FractionalMaxPool2d(nn.FractionalMaxPool2d):
+    """torch.nn.FractionalMaxPool2d on fastcnn.functional.fractional_max_pool2d."""
+
+    def forward(self, input):
+        return F.fractional_max_pool2d(
+            input,
+            self.kernel_size,
+            self.output_size,
+            self.output_ratio,
+            self.return_indices,
+            _random_samples=self._random_samples,
+        )
+
+
+class LPPool2d(nn.LPPool2d):
+    """torch.nn.LPPool2d on fastcnn.functional.lp_pool2d."""
+
+    def forward(self, input):
+        return F.lp_pool2d(input, float(self.norm_type), self.kernel_size, self.stride, self.ceil_mode)

@@ -41,18 +41,13 @@ def _why_not(backend, input, window):
     return None
 
 
-def _tap_dtype(window):
-    taps = window[0] * window[1]
-    return torch.uint8 if taps <= 2**8 else torch.int16 if taps <= 2**15 else torch.int32
-
-
 def _empty_outputs(input, window, ceil_mode, with_taps):
     shape = (*input.shape[:-2], *pooling.output_size(input.shape[-2:], window, ceil_mode))
     channels_last = pooling.follows_channels_last(input)
     output = pooling.empty(shape, input, channels_last)
     if not with_taps:
         return output, input.new_empty(0, dtype=torch.uint8)
-    return output, pooling.empty(shape, input, channels_last, _tap_dtype(window))
+    return output, pooling.empty(shape, input, channels_last, pooling.tap_dtype(window[0] * window[1]))
 
 
 def _meta(window):
@@ -70,7 +65,7 @@ def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
         from fastcnn.kernels.cpu import max_pool2d as kernels
 
         kernel = kernels.max_pool2d_forward_channels_last if channels_last else kernels.max_pool2d_forward
-        kept = taps if with_taps else torch.empty_like(output, dtype=_tap_dtype(window))
+        kept = taps if with_taps else torch.empty_like(output, dtype=pooling.tap_dtype(window[0] * window[1]))
         pooling.run_on_cpu(kernel, (input,), (output, kept), channels_last, *window)
         return output, taps
     from fastcnn.kernels.triton.max_pool2d import max_pool2d_forward_kernel
@@ -100,11 +95,25 @@ def max_pool2d_backward(grad_output, taps, input_shape, channels_last, window, b
             kernel = kernels.max_pool2d_backward_gather
         pooling.run_on_cpu(kernel, (grad_output, taps), (grad_input,), channels_last, *window)
         return grad_input
-    from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_kernel
+    from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_cells_kernel, max_pool2d_backward_kernel
 
     dy, dx = pooling.as_dense(grad_output, channels_last), pooling.batched(grad_input)
     # a window's extent over its step: how many windows can cover one pixel
     cover_h, cover_w = ((window[i] - 1) * window[i + 6] // window[i + 2] + 1 for i in (0, 1))
+    if cover_h * cover_w <= 9 and max(window[2:4]) <= 2 and window[6:] == [1, 1]:
+        h, w = dx.shape[2:]
+        cells_h, cells_w = -(-h // window[2]), -(-w // window[3])
+        grid, arguments = pooling.launch_arguments((*dx.shape[:2], cells_h, cells_w), channels_last)
+        # how many windows further, and further back, than the one of its own number can reach a cell
+        after_h, after_w = ((window[i + 2] - 1 + window[i]) // window[i] for i in (2, 3))
+        before_h, before_w = ((window[i] - 1 - window[i + 4]) // window[i + 2] for i in (0, 1))
+        with common.device_guard(dy):
+            max_pool2d_backward_cells_kernel[grid](
+                dy, taps, dx, H=h, W=w, P=dy.shape[2], Q=dy.shape[3], cells_h=cells_h, cells_w=cells_w,
+                **dict(list(_meta(window).items())[:6]), BEFORE_H=before_h, BEFORE_W=before_w,
+                AFTER_H=after_h, AFTER_W=after_w, INT64=common.exceeds_int32(dy, dx), **arguments,
+            )  # fmt: skip
+        return grad_input
     grid, arguments = pooling.launch_arguments(dx.shape, channels_last)
     with common.device_guard(dy):
         max_pool2d_backward_kernel[grid](
@@ -136,8 +145,7 @@ def _flat_indices(taps, width, window):
     q = torch.arange(taps.shape[-1], device=taps.device)
     h = p * stride_h - pad_h + tap.div(s, rounding_mode="floor") * dilation_h
     w = q * stride_w - pad_w + tap.remainder(s) * dilation_w
-    # copied, because arithmetic forgets strides of dimensions of size one
-    return torch.empty_like(tap).copy_(h * width + w)
+    return pooling.flat_indices(taps, h, w, width)
 
 
 class MaxPool2dFunction(torch.autograd.Function):
@@ -174,9 +182,7 @@ class MaxPool2dBackwardFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (taps,) = ctx.saved_tensors
-        indices = _flat_indices(taps, *ctx.arguments)
-        picked = grad.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
-        return picked, None, None, None, None, None
+        return pooling.pick(grad, _flat_indices(taps, *ctx.arguments)), None, None, None, None, None
 
 
 def max_pool2d(input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False):

@@ -1,4 +1,4 @@
-"""What max_pool2d, avg_pool2d and adaptive_avg_pool2d share: the window's arguments, the layouts, the launch."""
+"""What the pooling ops share: the arguments of windows and parts, the layouts, the taps, the launch."""
 
 import torch
 
@@ -54,6 +54,44 @@ def output_size(input_size, window, ceil_mode):
     return result
 
 
+def parts(name, output_size, input):
+    """Check adaptive pooling's output size; returns [P, Q], where None was the size of the input."""
+    size = output_size
+    if isinstance(size, (tuple, list)):
+        if len(size) != 2:
+            raise ValueError(f"{name} must be an int or a pair, got {output_size!r}")
+        size = [given if wanted is None else wanted for wanted, given in zip(size, input.shape[-2:], strict=True)]
+    return list(common.pair(name, size, 0))
+
+
+def longest_part(parts, size):
+    """A bound on the pixels in the longest of so many parts of `size` pixels; exact where they divide."""
+    return size // parts if size % parts == 0 else min(size, size // parts + 2)
+
+
+def parts_exceed_int32(tensors, shape, output_size):
+    """Whether offsets, or the products from which the parts' ends come, need 64 bits."""
+    return common.exceeds_int32(*tensors) or any(
+        (size + 1) * (out + 1) >= 2**31 for size, out in zip(shape[-2:], output_size, strict=True)
+    )
+
+
+def tap_dtype(taps):
+    """The smallest dtype that numbers so many taps."""
+    return torch.uint8 if taps <= 2**8 else torch.int16 if taps <= 2**15 else torch.int32
+
+
+def flat_indices(taps, row, column, width):
+    """torch's indices, row * width + column in each plane, int64, with the strides of the taps."""
+    # copied, because arithmetic forgets strides of dimensions of size one
+    return torch.empty_like(taps, dtype=torch.int64).copy_(row * width + column)
+
+
+def pick(planes, indices):
+    """The elements of each plane [..., H, W] at flat indices [..., P, Q]: the transpose of max pooling's backward."""
+    return planes.flatten(-2).gather(-1, indices.flatten(-2)).view(indices.shape)
+
+
 def follows_channels_last(tensor):
     """Whether torch pools this tensor into a channels_last output: 4-D with strides in that order, dense or not."""
     if tensor.dim() != 4 or tensor.stride(1) == 0:
@@ -99,11 +137,27 @@ def run_on_cpu(kernel, inputs, outputs, channels_last, *arguments):
     kernel(*arrays, *arguments)
 
 
-def launch_arguments(shape, channels_last):
+def tile(dtype, int64=False):
+    """Elements per program of kernels that compute much per element: wide numbers would run out of registers."""
+    return TILE // 4 if dtype == torch.float64 or int64 else TILE
+
+
+def launch_arguments(shape, channels_last, tile=TILE):
     """(grid, arguments) of a kernel that writes a dense tensor of this 4-D shape as [rows, columns] tiles."""
     n, c, h, w = shape
     rows, columns = (n * h * w, c) if channels_last else (n * c, h * w)
     block_b = min(256, max(4, 1 << (columns - 1).bit_length()))
-    block_a = TILE // block_b
+    block_a = tile // block_b
     grid = (-(-rows // block_a) * -(-columns // block_b),)
     return grid, dict(rows=rows, columns=columns, C=c, CHANNELS_LAST=channels_last, BLOCK_A=block_a, BLOCK_B=block_b)
+
+
+def global_launch_arguments(shape, channels_last):
+    """(grid, arguments) of a kernel that reduces every plane of this 4-D shape: an image's or some planes' pixels are
+    one program's work."""
+    n, c, h, w = shape
+    _, arguments = launch_arguments(shape, channels_last)
+    if channels_last:
+        arguments["rows"] = h * w
+        return (n * -(-c // arguments["BLOCK_B"]),), arguments
+    return (-(-n * c // arguments["BLOCK_A"]),), arguments

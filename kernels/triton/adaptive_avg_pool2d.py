@@ -7,18 +7,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.kernels.triton.common import accumulator
-from fastcnn.kernels.triton.pooling import pixel_tile
-
-
-@triton.jit
-def _start(i, size_from, size_to):
-    """Where the i-th of size_from equal parts begins in size_to pixels; its end is _end."""
-    return i * size_to // size_from
-
-
-@triton.jit
-def _end(i, size_from, size_to):
-    return ((i + 1) * size_to + size_from - 1) // size_from
+from fastcnn.kernels.triton.pooling import part_end, part_start, pixel_tile
 
 
 @triton.jit
@@ -31,8 +20,8 @@ def adaptive_avg_pool2d_forward_kernel(
     # one program computes BLOCK_A x BLOCK_B outputs: pixels x channels (channels_last) or planes x pixels
     n, c, p, q, y_offset, inside = pixel_tile(rows, columns, C, P, Q, CHANNELS_LAST, INT64, BLOCK_A, BLOCK_B)
     base = n * x_stride_n + c * x_stride_c
-    h0, h1 = _start(p, P, H), _end(p, P, H)
-    w0, w1 = _start(q, Q, W), _end(q, Q, W)
+    h0, h1 = part_start(p, P, H), part_end(p, P, H)
+    w0, w1 = part_start(q, Q, W), part_end(q, Q, W)
     total = accumulator(tl.zeros([BLOCK_A, BLOCK_B], x_ptr.dtype.element_ty))
     for r in range(max_r):
         for s in range(max_s):
@@ -88,12 +77,12 @@ def adaptive_avg_pool2d_backward_kernel(
     # one program computes the gradient of BLOCK_A x BLOCK_B input elements; at most cover_h x cover_w windows reach one
     n, c, h, w, dx_offset, inside = pixel_tile(rows, columns, C, H, W, CHANNELS_LAST, INT64, BLOCK_A, BLOCK_B)
     # the windows over pixel h are those that the parts of the output, laid over the input, would give it
-    p0, p1 = _start(h, H, P), _end(h, H, P)
-    q0, q1 = _start(w, W, Q), _end(w, W, Q)
+    p0, p1 = part_start(h, H, P), part_end(h, H, P)
+    q0, q1 = part_start(w, W, Q), part_end(w, W, Q)
     dx = accumulator(tl.zeros([BLOCK_A, BLOCK_B], dy_ptr.dtype.element_ty))
     for i in range(cover_h):
         p = p0 + i
-        count_h = _end(p, P, H) - _start(p, P, H)
+        count_h = part_end(p, P, H) - part_start(p, P, H)
         for j in range(cover_w):
             q = q0 + j
             mask = inside & (p < p1) & (q < q1)
@@ -102,5 +91,5 @@ def adaptive_avg_pool2d_backward_kernel(
             else:
                 offset = ((n * C + c) * P + p) * Q + q
             dy = accumulator(tl.load(dy_ptr + offset, mask=mask, other=0.0))
-            dx += dy / (count_h * (_end(q, Q, W) - _start(q, Q, W)))
+            dx += dy / (count_h * (part_end(q, Q, W) - part_start(q, Q, W)))
     tl.store(dx_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)

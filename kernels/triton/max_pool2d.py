@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.kernels.triton.common import accumulator
-from fastcnn.kernels.triton.pooling import pixel_tile
+from fastcnn.kernels.triton.pooling import pixel_tile, take
 
 
 @triton.jit
@@ -16,9 +16,7 @@ def _take(best, tap, x_ptr, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, 
     h, w = h0 + r * DILATION_H, w0 + s * DILATION_W
     mask = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     x = accumulator(tl.load(x_ptr + (base + h * x_stride_h + w * x_stride_w), mask=mask, other=-float("inf")))
-    # the first of equals wins; of NaNs the last, as in torch; `!=` because compiled maximum drops NaN
-    better = (x > best) | (x != x)
-    return tl.where(better, x, best), tl.where(better, r * S + s, tap)
+    return take(best, tap, x, r * S + s)
 
 
 @triton.jit
@@ -112,3 +110,78 @@ def max_pool2d_backward_kernel(
                     PAD_H, PAD_W, DILATION_H, DILATION_W, CHANNELS_LAST,
                 )  # fmt: skip
     tl.store(dx_ptr + dx_offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _from_windows(
+    dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, i: tl.constexpr, j: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, BEFORE_H: tl.constexpr, BEFORE_W: tl.constexpr,
+    AFTER_H: tl.constexpr, AFTER_W: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+):  # fmt: skip
+    """What flows back to pixel (i, j) of each cell. The compiler loads once what several pixels of a cell load."""
+    dx = accumulator(tl.zeros(inside.shape, dy_ptr.dtype.element_ty))
+    for k in tl.static_range(-BEFORE_H, AFTER_H + 1):
+        for l in tl.static_range(-BEFORE_W, AFTER_W + 1):
+            # window (a + k, b + l) sees the pixel by tap (r, s), if at all
+            r, s = i + PAD_H - k * STRIDE_H, j + PAD_W - l * STRIDE_W
+            if r >= 0 and r < R and s >= 0 and s < S:
+                mask = inside & (a + k >= 0) & (a + k < P) & (b + l >= 0) & (b + l < Q)
+                if CHANNELS_LAST:
+                    window = offset + (k * Q + l) * C
+                else:
+                    window = offset + (k * Q + l)
+                tap = tl.load(tap_ptr + window, mask=mask, other=255)
+                dy = accumulator(tl.load(dy_ptr + window, mask=mask, other=0.0))
+                dx += tl.where(tap == r * S + s, dy, 0.0)
+    return dx
+
+
+@triton.jit
+def max_pool2d_backward_cells_kernel(
+    dy_ptr, tap_ptr, dx_ptr,
+    rows, columns, C, H, W, P, Q, cells_h, cells_w,
+    R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, BEFORE_H: tl.constexpr, BEFORE_W: tl.constexpr,
+    AFTER_H: tl.constexpr, AFTER_W: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, INT64: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    # one program computes the gradient of BLOCK_A x BLOCK_B cells of STRIDE_H x STRIDE_W (1 or 2) input elements, so
+    # that which taps can reach an element is known to the compiler
+    n, c, a, b, _, inside = pixel_tile(rows, columns, C, cells_h, cells_w, CHANNELS_LAST, INT64, BLOCK_A, BLOCK_B)
+    h, w = a * STRIDE_H, b * STRIDE_W
+    if CHANNELS_LAST:
+        offset = ((n * P + a) * Q + b) * C + c
+        target = dx_ptr + (((n * H + h) * W + w) * C + c)
+        right, down = C, W * C
+    else:
+        offset = ((n * C + c) * P + a) * Q + b
+        target = dx_ptr + (((n * C + c) * H + h) * W + w)
+        right, down = 1, W
+    dx00 = _from_windows(
+        dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 0, 0, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+        BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
+    )  # fmt: skip
+    if STRIDE_W == 2:
+        dx01 = _from_windows(
+            dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 0, 1, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+            BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
+        )  # fmt: skip
+    if STRIDE_H == 2:
+        dx10 = _from_windows(
+            dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 1, 0, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+            BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
+        )  # fmt: skip
+    if STRIDE_H == 2 and STRIDE_W == 2:
+        dx11 = _from_windows(
+            dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 1, 1, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
+            BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
+        )  # fmt: skip
+    # all loads before the first store, which might change what they load for all that the compiler knows
+    tl.store(target, dx00.to(dx_ptr.dtype.element_ty), mask=inside)
+    if STRIDE_W == 2:
+        tl.store(target + right, dx01.to(dx_ptr.dtype.element_ty), mask=inside & (w + 1 < W))
+    if STRIDE_H == 2:
+        tl.store(target + down, dx10.to(dx_ptr.dtype.element_ty), mask=inside & (h + 1 < H))
+    if STRIDE_H == 2 and STRIDE_W == 2:
+        tl.store(target + (down + right), dx11.to(dx_ptr.dtype.element_ty), mask=inside & (h + 1 < H) & (w + 1 < W))

@@ -1,4 +1,4 @@
-"""What the pooling kernels share: the tile of one program.
+"""What the pooling kernels share: the tile of one program, the parts of adaptive pooling.
 
 Dense tensors are seen as [rows, columns]: channels_last as [N*P*Q, C], contiguous as [N*C, P*Q]. So columns run along
 memory in both, and element (row, column) of the tile lies at row * columns + column.
@@ -32,3 +32,22 @@ def pixel_tile(
     else:
         n, c, p, q = a // C, a % C, b // Q, b % Q
     return n, c, p, q, a * columns + b, (a < rows) & (b < columns)
+
+
+@triton.jit
+def part_start(i, size_from, size_to):
+    """Where the i-th of size_from equal parts begins in size_to pixels; its end is part_end."""
+    return i * size_to // size_from
+
+
+@triton.jit
+def part_end(i, size_from, size_to):
+    return ((i + 1) * size_to + size_from - 1) // size_from
+
+
+@triton.jit
+def take(best, tap, x, t):
+    """Maximum so far and its tap, after a look at x, which lies at tap t."""
+    # the first of equals wins; of NaNs the last, as in torch; `!=` because compiled maximum drops NaN
+    better = (x > best) | (x != x)
+    return tl.where(better, x, best), tl.where(better, t, tap)

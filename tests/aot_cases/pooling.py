@@ -2,7 +2,10 @@
 
 from aot_cases.common import fp16, fp32, fp64, t
 from fastcnn.ops import adaptive_avg_pool2d as adaptive
+from fastcnn.ops import adaptive_max_pool2d as adaptive_max
 from fastcnn.ops import avg_pool2d as avg
+from fastcnn.ops import fractional_max_pool2d as fractional
+from fastcnn.ops import lp_pool2d as lp
 from fastcnn.ops import max_pool2d as maxpool
 
 
@@ -69,3 +72,62 @@ def adaptive_avg_pool2d():
     yield "fp16, unbatched", lambda: both(t(7, 33, 35, dtype=fp16), (1, 1))
     for size in ((1, 1), (4, 5)):
         yield f"fp64, odd size {size}", lambda size=size: both(t(3, 5, 9, 7, dtype=fp64), size)
+
+
+def adaptive_max_pool2d():
+    def both(x, size):
+        y, taps = adaptive_max.adaptive_max_pool2d_forward(x, size, True, "triton")
+        channels_last = x.dim() == 4 and x.stride(1) == 1
+        adaptive_max.adaptive_max_pool2d_backward(y, taps, x.shape, channels_last, "triton")
+
+    yield "cbam global", lambda: both(t(64, 512, 28, 28), (1, 1))
+    yield "cbam global, contiguous fp32", lambda: both(t(64, 512, 28, 28, dtype=fp32, channels_last=False), (1, 1))
+    yield (
+        "global, evaluation",
+        lambda: adaptive_max.adaptive_max_pool2d_forward(t(64, 512, 28, 28), (1, 1), False, "triton"),
+    )
+    yield "spp 4x4", lambda: both(t(64, 256, 13, 13), (4, 4))
+    yield "spp 4x4, contiguous fp32", lambda: both(t(64, 256, 13, 13, dtype=fp32, channels_last=False), (4, 4))
+    yield (
+        "roi 7x7 of 60x60, evaluation",
+        lambda: adaptive_max.adaptive_max_pool2d_forward(t(8, 256, 60, 60), (7, 7), False, "triton"),
+    )
+    yield "above 2^31 elements, global", lambda: both(t(2048, 64, 224, 224), (1, 1))
+    yield "above 2^31 elements", lambda: both(t(2048, 64, 224, 224), (6, 6))
+    for size in ((1, 1), (4, 5)):
+        yield f"fp64, odd size {size}", lambda size=size: both(t(3, 5, 9, 7, dtype=fp64), size)
+
+
+def fractional_max_pool2d():
+    def both(x, kernel, size):
+        samples = t(1 if x.dim() == 3 else x.shape[0], x.shape[-3], 2, dtype=x.dtype)
+        y, taps = fractional.fractional_max_pool2d_forward(x, samples, [kernel] * 2, size, True, "triton")
+        channels_last = x.dim() == 4 and x.stride(1) == 1
+        fractional.fractional_max_pool2d_backward(y, samples, taps, x.shape, channels_last, [kernel] * 2, "triton")
+
+    yield "graham cifar", lambda: both(t(64, 160, 74, 74), 2, [52, 52])
+    yield (
+        "graham cifar, contiguous fp32",
+        lambda: both(t(64, 160, 74, 74, dtype=fp32, channels_last=False), 2, [52, 52]),
+    )
+    yield "3x3", lambda: both(t(64, 320, 36, 36), 3, [25, 25])
+    yield "above 2^31 elements", lambda: both(t(2048, 64, 224, 224), 2, [112, 112])
+    yield "fp16, unbatched", lambda: both(t(7, 33, 35, dtype=fp16), 2, [20, 21])
+    yield "fp64, odd size", lambda: both(t(3, 5, 9, 7, dtype=fp64), 2, [6, 5])
+
+
+def lp_pool2d():
+    def both(x, norm_type, kernel, stride, ceil_mode=False):
+        window = [kernel, kernel, stride, stride, 0, 0, 1, 1]
+        y = lp.lp_pool2d_forward(x, norm_type, window, ceil_mode, "triton")
+        lp.lp_pool2d_backward(y, x, y, norm_type, window, "triton")
+
+    yield "2x2 norm 2", lambda: both(t(64, 128, 56, 56), 2.0, 2, 2)
+    yield "2x2 norm 2, contiguous fp32", lambda: both(t(64, 128, 56, 56, dtype=fp32, channels_last=False), 2.0, 2, 2)
+    yield "3x3 norm 3, overlapping", lambda: both(t(64, 96, 55, 55), 3.0, 3, 2)
+    yield "3x3 norm 1.5, ceil", lambda: both(t(64, 96, 56, 56), 1.5, 3, 2, True)
+    yield "sums", lambda: both(t(64, 96, 56, 56), 1.0, 2, 2)
+    yield "7x7 norm 4: loops", lambda: both(t(8, 64, 56, 56), 4.0, 7, 1)
+    yield "above 2^31 elements", lambda: both(t(2048, 64, 224, 224), 2.0, 2, 2)
+    yield "fp16, unbatched", lambda: both(t(7, 33, 35, dtype=fp16), 2.0, 3, 2)
+    yield "fp64, odd size", lambda: both(t(3, 5, 9, 7, dtype=fp64), 2.5, 3, 2)
