@@ -349,7 +349,11 @@ def test_batch_norm_cpu_takes_large_training_batches():
         with fastcnn.backend("auto"):
             fF.batch_norm(x, torch.zeros(8), torch.ones(8), training=training)
         chosen += [backend for backend, _ in ops._op.calls]
-    assert chosen in (["cpu", "cpu", "torch", "torch"], ["triton"] * 4)
+    with fastcnn.backend("auto"):
+        ops._op.calls.clear()
+        fF.batch_norm(large, torch.zeros(8), torch.ones(8), activation="relu", residual=large)
+    chosen += [backend for backend, _ in ops._op.calls]
+    assert chosen in (["cpu", "cpu", "torch", "torch", "cpu"], ["triton"] * 5)
 
 
 REFUSED = [

@@ -116,6 +116,7 @@ ARGUMENTS = {
     "InstanceNorm3d": (2,),
     "LayerNorm": (6,),
     "LocalResponseNorm": (5,),
+    "SyncBatchNorm": (2,),
 }
 
 
