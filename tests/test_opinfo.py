@@ -145,15 +145,16 @@ def check_samples(name, layout, backend):
                         assert sizes == expected or x.numel() == 0, place
 
 
+@pytest.mark.parametrize("name", ("dropout", "dropout2d", "dropout3d"))
 @pytest.mark.parametrize("backend", backends())
-def test_dropout_samples(backend):
+def test_dropout_samples(backend, name):
     """Random, so not equal to torch's: every element is 0 or scaled, as its gradient is, and eval is the identity."""
-    info = next(info for info in op_db if info.name == "nn.functional.dropout")
+    info = next(info for info in op_db if info.name == f"nn.functional.{name}")
     with fastcnn.backend(backend):
         for sample in info.sample_inputs("cpu", torch.float32, requires_grad=True):
             x = sample.input.detach().clone().requires_grad_()
             p, training = sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
-            y = F.dropout(x, *sample.args, **{k: v for k, v in sample.kwargs.items() if k != "inplace"})
+            y = getattr(F, name)(x, *sample.args, **{k: v for k, v in sample.kwargs.items() if k != "inplace"})
             (grad,) = torch.autograd.grad(y.sum(), x)
             factor = 1.0 if not training else 0.0 if p == 1 else 1 / (1 - p)
             assert y.shape == x.shape and y.dtype == x.dtype

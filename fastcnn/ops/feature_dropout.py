@@ -12,6 +12,7 @@ import math
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import common
@@ -194,6 +195,15 @@ def _feature_dropout(name, input, leading, p, training, inplace):
     return FeatureDropoutFunction.apply(input, None, draw_seed(input), float(p), leading, inplace, backend)
 
 
+def _pytorchs(torch_function):
+    def checked(input, p=0.5, training=True, inplace=False):
+        check_p_and_flags(p, training=training, inplace=inplace)
+        return torch_function(input, p, training, inplace)
+
+    return checked
+
+
+@_ops["dropout1d"].torch_first(_pytorchs(F.dropout1d))
 def dropout1d(input, p=0.5, training=True, inplace=False):
     """Zero each channel with probability p and scale the others by 1 / (1 - p); the identity in evaluation.
 
@@ -216,6 +226,7 @@ def dropout1d(input, p=0.5, training=True, inplace=False):
     return _feature_dropout("dropout1d", input, input.dim() - 1, p, training, inplace)
 
 
+@_ops["dropout2d"].torch_first(_pytorchs(F.dropout2d))
 def dropout2d(input, p=0.5, training=True, inplace=False):
     """Zero each channel with probability p and scale the others by 1 / (1 - p); the identity in evaluation.
 
@@ -239,6 +250,7 @@ def dropout2d(input, p=0.5, training=True, inplace=False):
     return _feature_dropout("dropout2d", input, 2, p, training, inplace)
 
 
+@_ops["dropout3d"].torch_first(_pytorchs(F.dropout3d))
 def dropout3d(input, p=0.5, training=True, inplace=False):
     """Zero each channel with probability p and scale the others by 1 / (1 - p); the identity in evaluation.
 
