@@ -59,9 +59,11 @@ def _why_not(backend, x, parameters, training, activation, residual):
     if reason is None and backend == "cpu" and current_backend() == "auto":
         if not training and residual is None:
             return "PyTorch's batch_norm is as fast on CPU in evaluation"
-        rows = passes.view_of(x.shape, passes.memory_format(x)).stride_c == 1
-        smallest = CPU_SMALLEST_FEW if rows and training and x.shape[1] < CPU_FEW_CHANNELS else CPU_SMALLEST
-        if x.dim() == 2 or x.numel() < smallest:
+        small = x.dim() <= 2 or x.numel() < CPU_SMALLEST_FEW
+        if not small and x.numel() < CPU_SMALLEST:
+            rows = passes.view_of(x.shape, passes.memory_format(x)).stride_c == 1
+            small = not (rows and training and x.shape[1] < CPU_FEW_CHANNELS)
+        if small:
             return "PyTorch's batch_norm is as fast on CPU on tensors of this size"
     return reason
 
