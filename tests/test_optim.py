@@ -699,10 +699,11 @@ def test_a_step_on_the_gpu_waits_for_nothing(name, kwargs):
 
 
 @pytest.mark.gpu
-def test_a_step_in_a_cuda_graph():
+@pytest.mark.parametrize("name", ("Adam", "NAdam", "RAdam", "RMSprop"))
+def test_a_step_in_a_cuda_graph(name):
     lr = torch.tensor(0.1, device="cuda")
-    a = fastcnn.optim.Adam(parameters("cuda"), lr=lr, capturable=True)
-    b = torch.optim.Adam(parameters("cuda"), lr=0.1)
+    a = ours(name)(parameters("cuda"), lr=lr, capturable=True)
+    b = theirs(name)(parameters("cuda"), lr=0.1)
     run([a, b], steps=1)
     static = [p.grad for p in params_of(a)]
     stream = torch.cuda.Stream()
