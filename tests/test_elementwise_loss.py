@@ -214,6 +214,11 @@ def test_on_cpu_ours_runs_where_it_is_faster():
             ops._ops[name].calls.clear()
             getattr(fF, name)(torch.zeros(numel), torch.zeros(numel))
             assert [ran for ran, _ in ops._ops[name].calls] == [backend], (name, numel)
+        for height, backend in ((below // 32, "torch"), (below // 16, "cpu")):
+            ops._ops[name].calls.clear()
+            x = torch.zeros(1, 4, height, 2).to(memory_format=torch.channels_last)
+            getattr(fF, name)(x, x)
+            assert [ran for ran, _ in ops._ops[name].calls] == [backend], (name, height)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -21,7 +21,7 @@ BLOCK = 1024
 PROGRAMS = 1024  # of a sum, at most: enough to fill a GPU, and one step of the finalize kernel
 REDUCTIONS = ("none", "mean", "sum")
 CPU_KINDS = {"mse": 0, "smooth_l1": 1, "huber": 2, "bce": 3}
-# elements from which the CPU kernels are faster, forward and backward together
+# elements from which the CPU kernels are faster, forward and backward together; half as many in channels_last
 BELOW = {
     "mse_loss": 2**21,
     "l1_loss": 2**18,
@@ -62,8 +62,9 @@ def _why_not(backend, name, x, target, weights, dtype):
     if backend == "cpu":
         if any(t.dtype != dtype for t in tensors) or dtype not in (torch.float32, torch.float64):
             return f"the CPU kernel of {name} takes float32 or float64 and got {[str(t.dtype) for t in tensors]}"
-        if current_backend() == "auto" and x.numel() < BELOW[name]:
-            return f"PyTorch is faster on CPU below {BELOW[name]:,} elements"
+        below = BELOW[name] if x.is_contiguous() else BELOW[name] // 2
+        if current_backend() == "auto" and x.numel() < below:
+            return f"PyTorch is faster on CPU below {below:,} elements"
     return None
 
 
@@ -330,7 +331,7 @@ def _check_number(name, value, low, strictly):
         raise ValueError(f"{name} must be {'more than' if strictly else 'at least'} {low}, got {value}")
 
 
-@_ops["mse_loss"].torch_first(F.mse_loss, BELOW["mse_loss"])
+@_ops["mse_loss"].torch_first(F.mse_loss, BELOW["mse_loss"] // 2)
 def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
     """Squared difference, as torch.nn.functional.mse_loss. Gradients for input and target.
 
@@ -351,7 +352,7 @@ def mse_loss(input, target, size_average=None, reduce=None, reduction="mean", we
     return _loss("mse_loss", "mse", fallback, input, target, weight, None, reduction)
 
 
-@_ops["l1_loss"].torch_first(F.l1_loss, BELOW["l1_loss"])
+@_ops["l1_loss"].torch_first(F.l1_loss, BELOW["l1_loss"] // 2)
 def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
     """Absolute difference, as torch.nn.functional.l1_loss. Arguments, result and errors: as for mse_loss."""
     reduction = _reduction(size_average, reduce, reduction)
@@ -359,7 +360,7 @@ def l1_loss(input, target, size_average=None, reduce=None, reduction="mean", wei
     return _loss("l1_loss", "smooth_l1", fallback, input, target, weight, None, reduction)
 
 
-@_ops["smooth_l1_loss"].torch_first(F.smooth_l1_loss, BELOW["smooth_l1_loss"])
+@_ops["smooth_l1_loss"].torch_first(F.smooth_l1_loss, BELOW["smooth_l1_loss"] // 2)
 def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mean", beta=1.0):
     """Squared difference over 2 beta where below beta, else the absolute one less beta / 2; beta 0 is l1_loss.
 
@@ -371,7 +372,7 @@ def smooth_l1_loss(input, target, size_average=None, reduce=None, reduction="mea
     return _loss("smooth_l1_loss", "smooth_l1", fallback, input, target, None, None, reduction, beta)
 
 
-@_ops["huber_loss"].torch_first(F.huber_loss, BELOW["huber_loss"])
+@_ops["huber_loss"].torch_first(F.huber_loss, BELOW["huber_loss"] // 2)
 def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
     """delta times smooth_l1_loss with beta = delta, which is more than 0. As torch.nn.functional.huber_loss.
 
@@ -384,7 +385,7 @@ def huber_loss(input, target, reduction="mean", delta=1.0, weight=None):
 
 
 @_ops["binary_cross_entropy_with_logits"].torch_first(
-    F.binary_cross_entropy_with_logits, BELOW["binary_cross_entropy_with_logits"]
+    F.binary_cross_entropy_with_logits, BELOW["binary_cross_entropy_with_logits"] // 2
 )
 def binary_cross_entropy_with_logits(
     input, target, weight=None, size_average=None, reduce=None, reduction="mean", pos_weight=None
