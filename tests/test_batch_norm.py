@@ -322,16 +322,16 @@ def test_batch_norm_compiles_without_graph_breaks(lane):
 def test_batch_norm_registration(lane, layout):
     x, weight, bias, mean, var = (t.detach() for t in tensors(lane, (2, 3, 4, 5), layout=layout))
     backend = "cpu" if lane.name == "cpu" else "triton"
-    for residual, activation, mask in ((None, None, False), (x, "relu", True), (x, None, False)):
-        fused = (residual, 0.1, 1e-5, activation, mask, backend)
-        torch.library.opcheck(ops._forward, (x, weight, bias, mean, var, *fused))
-        torch.library.opcheck(ops._forward, (x, None, None, None, None, *fused))
-        fused = (residual, 1e-5, activation, mask, backend)
-        torch.library.opcheck(ops._forward_eval, (x, weight, bias, mean, var, *fused))
-        for training, *needs in ((True, True, True, mask), (False, True, False, mask), (True, False, True, False)):
-            bits = torch.ones(passes.mask_shape(x), dtype=torch.uint8, device=lane.device) if mask else None
-            arguments = (torch.randn_like(x), x, weight, bias, mean, var, None, bits, training, 1e-5, activation)
-            torch.library.opcheck(ops._backward, (*arguments, *needs, backend))
+    torch.library.opcheck(ops._forward, (x, weight, bias, mean, var, x, 0.1, 1e-5, "relu", True, backend))
+    torch.library.opcheck(ops._forward, (x, None, None, None, None, None, 0.1, 1e-5, None, False, backend))
+    torch.library.opcheck(ops._forward_eval, (x, weight, bias, mean, var, x, 1e-5, "relu", True, backend))
+    bits = torch.ones(passes.mask_shape(x), dtype=torch.uint8, device=lane.device)
+    for mask, activation, training, *needs in (
+        (bits, "relu", True, True, True, True), (None, None, False, True, False, False),
+        (None, None, True, False, True, False),
+    ):  # fmt: skip
+        arguments = (torch.randn_like(x), x, weight, bias, mean, var, None, mask, training, 1e-5, activation)
+        torch.library.opcheck(ops._backward, (*arguments, *needs, backend))
 
 
 def test_batch_norm_strided_parameters_run_on_pytorch(lane):
