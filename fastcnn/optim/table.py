@@ -12,6 +12,7 @@ BLOCK = 2048  # elements of a program; one choice for every size: the kernels st
 WARPS = 8
 REGISTERS = 255  # per thread: left alone, the assembler of Triton 3.6 spills to fit one more block
 CPU_CHUNK = 16384  # elements per turn of a thread
+LOTS = 64  # of chunks on the CPU
 NUMPY_LIKE = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0, np.float64)}
 
 
@@ -91,7 +92,13 @@ class Table:
         self.count = len(tensor)
         if backend == "cpu":
             length = np.minimum(np.array(sizes, np.int64)[tensor] - index * chunk, chunk)
-            self.chunks = np.stack([tensor, index * chunk, length], axis=1)
+            # every thread takes the same number of chunks in a row, and the first layers of a network are small: deal
+            # them out by size, full ones in the order of memory. In a fixed number of lots, for sums have an order.
+            order = np.argsort(-length, kind="stable")
+            full = np.array_split(order[: np.count_nonzero(length == chunk)], LOTS)
+            rest = order[np.count_nonzero(length == chunk) :]
+            order = np.concatenate([part for i in range(LOTS) for part in (full[i], rest[i::LOTS])])
+            self.chunks = np.stack([tensor, index * chunk, length], axis=1)[order]
             self.starts = starts
         else:
             self.chunks = self._send(np.stack([tensor, index], axis=1).astype(np.int32), device)
