@@ -9,23 +9,23 @@ from fastcnn.benchmarks import bench_batch_norm, cases
 from fastcnn.benchmarks.harness import Problem
 
 
-def _residual(channels, height, name):
+def _residual(channels, height, name, count):
     shape = [channels, height, height]
-    layer = {"op": "batch_norm_act", "input": shape, "output": shape, "residual": True, "count": 1}
+    layer = {"op": "batch_norm_act", "input": shape, "output": shape, "residual": True, "count": count}
     return cases.Case("batch_norm_act", name, layer)
 
 
 # the sums that end a stage's blocks of ResNet-50 and ResNet-18, then norms with a ReLU alone
 RESIDUAL = [
-    _residual(256, 56, "resnet50.layer1.add"),
-    _residual(512, 28, "resnet50.layer2.add"),
-    _residual(1024, 14, "resnet50.layer3.add"),
-    _residual(2048, 7, "resnet50.layer4.add"),
-    _residual(64, 56, "resnet18.layer1.add"),
-    _residual(128, 28, "resnet18.layer2.add"),
-    _residual(256, 14, "resnet18.layer3.add"),
-    _residual(512, 7, "resnet18.layer4.add"),
-    _residual(17, 55, "ragged.c17.add"),
+    _residual(256, 56, "resnet50.layer1.add", 3),
+    _residual(512, 28, "resnet50.layer2.add", 4),
+    _residual(1024, 14, "resnet50.layer3.add", 6),
+    _residual(2048, 7, "resnet50.layer4.add", 3),
+    _residual(64, 56, "resnet18.layer1.add", 2),
+    _residual(128, 28, "resnet18.layer2.add", 2),
+    _residual(256, 14, "resnet18.layer3.add", 2),
+    _residual(512, 7, "resnet18.layer4.add", 2),
+    _residual(17, 55, "ragged.c17.add", 1),
 ]
 ALONE = [dataclasses.replace(case, op="batch_norm_act") for case in bench_batch_norm.CASES]
 CASES = RESIDUAL + ALONE

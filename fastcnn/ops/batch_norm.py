@@ -292,6 +292,21 @@ _op = Op(
 )
 
 
+def _on_torch(
+    input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
+    activation=None, residual=None,
+):  # fmt: skip
+    if activation is not None or residual is not None or type(training) is not bool:
+        raise TypeError("left to the op below, which looks at every argument")
+    for tensor in (running_mean, running_var, weight, bias):
+        if tensor is not None and tensor.dim() != 1:
+            raise ValueError("as above")
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        raise ValueError("as above")
+    return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+@_op.torch_first(_on_torch, below=CPU_SMALLEST_FEW)
 def batch_norm(
     input, running_mean, running_var, weight=None, bias=None, training=False, momentum=0.1, eps=1e-5, *,
     activation=None, residual=None,
