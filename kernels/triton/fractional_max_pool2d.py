@@ -78,6 +78,8 @@ def fractional_max_pool2d_backward_kernel(
     sample_w = accumulator(tl.load(samples, mask=inside, other=0.0))
     sample_h = accumulator(tl.load(samples + 1, mask=inside, other=0.0))
     alpha_h, alpha_w = _mean_step(sample_h, H, R, P), _mean_step(sample_w, W, S, Q)
+    # rows and columns fit 32 bits; 64-bit ones would go through floating point slowly
+    h, w = h.to(tl.int32), w.to(tl.int32)
     p0, q0 = _first_window(h, alpha_h, R), _first_window(w, alpha_w, S)
     dx = accumulator(tl.zeros([BLOCK_A, BLOCK_B], dy_ptr.dtype.element_ty))
     for i in range(cover_h):
