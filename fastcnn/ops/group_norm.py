@@ -20,6 +20,7 @@ TILE = 2048  # elements of a tile of the strips: 16 per thread of 4 warps
 PROGRAMS = 1024  # strips times channel blocks at most: eight programs per multiprocessor of an H100
 FUSED = 16384  # elements of whole groups that one program holds; a quarter of it in fp64
 FUSED_BYTES = 64  # of a channels_last pixel at least: two sectors of memory
+REGISTERS = 128  # of a thread of the backward sums
 FINALIZE = 512  # partial sums of a block of groups
 PARAMETERS = dict(BLOCK_R=128, BLOCK_C=16)
 
@@ -145,8 +146,10 @@ def strips_backward(grad_output, x, weight, mean, rstd, grads, view, need_input,
     where = (*sizes, strips, per_strip, *view.strides())
     grad_input, grad_weight, grad_bias = grads
     partial = x.new_empty((grid[0], 2, view.C), dtype=mean.dtype)
+    # said aloud, else some versions of ptxas aim at 64 and spill
+    registers = dict(maxnreg=REGISTERS) if x.element_size() < 8 else {}
     kernels.group_norm_backward_reduce_kernel[grid](
-        grad_output, x, mean, weight, partial, *where, PER_PIXEL=per_pixel, **how
+        grad_output, x, mean, weight, partial, *where, PER_PIXEL=per_pixel, **how, **registers
     )
     if need_params and not per_pixel:
         sum_parameters(partial, rstd, grad_weight, grad_bias, strips, view)

@@ -156,7 +156,7 @@ def group_norm_backward_reduce_kernel(
         if PER_PIXEL:
             dy *= parameter(weight_ptr, s, c, C, S, 1.0, mean, PER_PIXEL)
         s1 += dy
-        s2 += tl.where(inside, dy * (x - mean[None, :]), 0.0)
+        s2 += dy * (x - mean[None, :])  # where there is no pixel dy is 0
     partial_ptr += tl.program_id(0).to(tl.int64) * 2 * C + c
     tl.store(partial_ptr, tl.sum(s1, axis=0), mask=c < C)
     tl.store(partial_ptr + C, tl.sum(s2, axis=0), mask=c < C)
