@@ -4,7 +4,8 @@ The target is a class index per row (q one-hot) or a distribution over the class
 index to ignore. "mean" divides by the weights of the targets that count (class indices) or by the rows (distributions).
 Saved for backward: x, target, weight, and per row logsumexp(x) and the sum of q: no tensor of the size of x is added.
 Backward computes from x again, two reads and a write of its size in all: a gradient written in forward and scaled in
-backward would be two of each. Torch counterpart: torch.nn.functional.cross_entropy. Source of label smoothing: Szegedy et al. 2015 (Inception v3).
+backward would be two of each. Torch counterpart: torch.nn.functional.cross_entropy. Source of label smoothing:
+Szegedy et al. 2015 (Inception v3).
 
 A target that is no class raises on CPU. A GPU could only report it by stopping for it: there the row's loss
 and gradient are NaN, and Triton's debug mode (TRITON_DEBUG=1) stops the kernel with an assertion.
