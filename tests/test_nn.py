@@ -14,8 +14,16 @@ from fastcnn import nn
 LANES = ("triton", "cpu")
 OURS = [
     cls for cls in vars(nn).values() if inspect.isclass(cls) and cls.__module__.startswith("fastcnn.nn.")
-    if issubclass(cls, torch.nn.Module)
+    if issubclass(cls, torch.nn.Module) and hasattr(torch.nn, cls.__name__)
 ]  # fmt: skip
+# what torch.nn does not have
+OWN = {
+    "DecorrelatedBatchNorm2d": (4, 2),
+    "DropConnectConv2d": (2, 4, 3),
+    "DropConnectLinear": (6, 3),
+    "PlainDropout": (0.2,),
+    "StochasticDepth": (0.2, "batch"),
+}
 
 # an ordinary PyTorch script, as people write it; only its first line is ours to change
 SCRIPT = """
@@ -118,6 +126,14 @@ ARGUMENTS = {
     "LocalResponseNorm": (5,),
     "SyncBatchNorm": (2,),
 }
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_modules_that_torch_lacks_copy_and_pickle(name):
+    ours = getattr(nn, name)(*OWN[name])
+    for again in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(again) is type(ours) and repr(again) == repr(ours)
+        torch.testing.assert_close(again.state_dict(), ours.state_dict())
 
 
 @pytest.mark.parametrize("cls", OURS, ids=lambda cls: cls.__name__)
