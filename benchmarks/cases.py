@@ -23,6 +23,7 @@ QUICK = {
     "conv2d": 7,
     "depthwise_conv2d": 4,
     "batch_norm": 5,
+    "batch_norm_act": 7,
     "activation": 4,
     "optim": 5,
 }  # cases of --quick; others: 3
