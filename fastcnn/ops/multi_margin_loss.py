@@ -180,7 +180,7 @@ class MultiMarginLossFunction(torch.autograd.Function):
 
 
 def _differentiable(x, target, weight, p, margin, reduction, dtype):
-    # PyTorch's own has neither second derivatives nor forward mode
+    # PyTorch's own has neither second derivatives nor forward mode, and no backward for the meta device
     x = x.to(dtype)
     gap = (margin - x.gather(1, target[:, None]) + x).clamp(min=0) ** p
     gap = gap.masked_fill(torch.arange(x.shape[1], device=x.device) == target[:, None], 0)
@@ -234,8 +234,10 @@ def multi_margin_loss(input, target, p=1, margin=1.0, weight=None, size_average=
         if input.numel() == 0 and reduction != "none":
             return input.sum() * math.nan if reduction == "mean" else input.sum()
         try:
+            if input.is_meta:
+                raise NotImplementedError
             return F.multi_margin_loss(input, target, p, margin, weight, reduction=reduction)
-        except NotImplementedError:  # forward-mode gradients
+        except NotImplementedError:  # forward-mode gradients, gradients of tensors without data
             batch = input if input.dim() == 2 else input.reshape(1, -1)
             loss = _differentiable(batch, target.reshape(-1), weight, p, margin, reduction, dtype)
             return loss.reshape(target.shape) if reduction == "none" else loss
