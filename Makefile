@@ -45,10 +45,11 @@ aot-update: install
 bench: install
 	$(BIN)/fastcnn bench $(or $(ARGS),--quick)
 
-# tables and plots of benchmarks/results, the blocks of both README files, and the page of predictions
+# tables and plots of benchmarks/results, the blocks of both README files, and the pages of predictions
 results: install
 	$(BIN)/python -m fastcnn.benchmarks.report
 	$(BIN)/python -m fastcnn.benchmarks.predict
+	$(BIN)/python -m fastcnn.benchmarks.predict_memory
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

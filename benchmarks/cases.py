@@ -19,14 +19,23 @@ OPS = (
     "elementwise_loss", "multi_margin_loss", "batch_norm_act",
     "group_norm", "layer_norm", "instance_norm", "local_response_norm", "optim",
 )  # fmt: skip
+# cases of --quick; others: 2
 QUICK = {
-    "conv2d": 7,
-    "depthwise_conv2d": 4,
-    "batch_norm": 5,
-    "batch_norm_act": 7,
-    "activation": 4,
+    "conv2d": 6,
+    "depthwise_conv2d": 3,
+    "batch_norm": 4,
+    "batch_norm_act": 3,
+    "activation": 3,
     "optim": 5,
-}  # cases of --quick; others: 3
+    "adaptive_max_pool2d": 1,
+    "fractional_max_pool2d": 1,
+    "lp_pool2d": 1,
+    "dropout2d": 1,
+    "stochastic_depth": 1,
+    "drop_connect": 1,
+    "decorrelated_batch_norm": 1,
+    "multi_margin_loss": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +86,12 @@ def quick(op, device_type):
     networks = {}
     for case in sorted(cases, key=lambda case: -_work(case) * case.layer.get("count", 1)):
         networks.setdefault(case.name.split(".")[0], []).append(case)
-    ragged = networks.pop("ragged", [])[:1]
+    count = QUICK.get(op, 2)
+    # a single case is one of a network, where there is one
+    ragged = networks.pop("ragged", [])[: 1 if count > 1 or not networks else 0]
     # the first of every network, then the second of every network, ...
     turns = [case for turn in range(len(cases)) for queue in networks.values() for case in queue[turn : turn + 1]]
-    return [*turns[: QUICK.get(op, 3) - len(ragged)], *ragged]
+    return [*turns[: count - len(ragged)], *ragged]
 
 
 def _work(case):

@@ -123,16 +123,25 @@ def _launch(x, y, seed, draw, backend):
 
 
 def _launch_triton(x, y, seed, draw, memory_order):
-    from fastcnn.kernels.triton.dropout import dropout_kernel, dropout_transposed_kernel
+    from fastcnn.kernels.triton import dropout as kernels
 
     numel, (_, P, C) = x.numel(), memory_order
-    common_arguments = dict(INT64=common.exceeds_int32(x), BLOCK=BLOCK)
+    int64 = common.exceeds_int32(x)
     grid = (-(-numel // BLOCK),)
     with common.device_guard(x):
         if P == 1:
-            dropout_kernel[grid](x, y, seed, numel, *draw, **common_arguments)
+            kernels.dropout_kernel[grid](x, y, seed, numel, *draw, INT64=int64, BLOCK=BLOCK)
+        elif P % 4:
+            kernels.dropout_transposed_kernel[grid](x, y, seed, numel, P, C, *draw, INT64=int64, BLOCK=BLOCK)
         else:
-            dropout_transposed_kernel[grid](x, y, seed, numel, P, C, *draw, QUADS=P % 4 == 0, **common_arguments)
+            block_c = min(64, 1 << (C - 1).bit_length())
+            block_q = BLOCK // block_c  # of four elements for each thread's Philox call
+            quads = numel // C // 4
+            grid = (-(-quads // block_q), -(-C // block_c))
+            kernels.dropout_quads_kernel[grid](
+                x, y, seed, quads, P // 4, C, *draw,
+                ALIGN=math.gcd(C, 8), INT64=int64, BLOCK_Q=block_q, BLOCK_C=block_c,
+            )  # fmt: skip
 
 
 def _launch_cpu(x, y, seed, draw, memory_order):

@@ -42,6 +42,38 @@ def dropout_kernel(
 
 
 @triton.jit
+def dropout_quads_kernel(
+    x_ptr,
+    y_ptr,
+    seed_ptr,
+    quads,
+    quads_per_image,
+    C,
+    threshold: tl.uint32,
+    scale: tl.float64,
+    ALIGN: tl.constexpr,  # divides C; known to the compiler, it makes the accesses wide
+    INT64: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # one program computes BLOCK_Q fours of pixels and BLOCK_C channels of memory (N, P pixels, C), P % 4 == 0: the four
+    # words of a Philox call belong to four neighbouring pixels of one channel
+    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    C = C // ALIGN * ALIGN
+    inside = (q < quads)[:, None] & (c < C)[None, :]
+    if INT64:
+        q, c = q.to(tl.int64), c.to(tl.int64)
+    first = q // quads_per_image * C * quads_per_image + q % quads_per_image
+    words = tl.randint4x(tl.load(seed_ptr), first[:, None] + (c * quads_per_image)[None, :])
+    offset = (q * (4 * C))[:, None] + c[None, :]
+    _drop(x_ptr, y_ptr, offset, inside, words[0], threshold, scale)
+    _drop(x_ptr, y_ptr, offset + C, inside, words[1], threshold, scale)
+    _drop(x_ptr, y_ptr, offset + 2 * C, inside, words[2], threshold, scale)
+    _drop(x_ptr, y_ptr, offset + 3 * C, inside, words[3], threshold, scale)
+
+
+@triton.jit
 def dropout_transposed_kernel(
     x_ptr,
     y_ptr,
@@ -51,33 +83,17 @@ def dropout_transposed_kernel(
     C,
     threshold: tl.uint32,
     scale: tl.float64,
-    QUADS: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # one program computes BLOCK elements of memory (N, P pixels, C), whose logical order is (N, C, P): neighbours in
-    # memory or, if QUADS, BLOCK // 4 neighbours in one pixel and the same in the three pixels after it
+    # one program computes BLOCK neighbouring elements of memory (N, P pixels, C), whose logical order is (N, C, P)
     pid = tl.program_id(0)
     if INT64:
         pid = pid.to(tl.int64)
-    seed = tl.load(seed_ptr)
-    if QUADS:  # P % 4 == 0: the four words of a Philox call belong to four neighbouring pixels of one channel
-        i = pid * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
-        inside = i < numel // 4
-        quad = i // C  # counts fours of pixels over all images
-        c = i % C
-        group = (quad // (P // 4) * C + c) * (P // 4) + quad % (P // 4)
-        words = tl.randint4x(seed, group)
-        offset = quad * (4 * C) + c
-        _drop(x_ptr, y_ptr, offset, inside, words[0], threshold, scale)
-        _drop(x_ptr, y_ptr, offset + C, inside, words[1], threshold, scale)
-        _drop(x_ptr, y_ptr, offset + 2 * C, inside, words[2], threshold, scale)
-        _drop(x_ptr, y_ptr, offset + 3 * C, inside, words[3], threshold, scale)
-    else:
-        offset = pid * BLOCK + tl.arange(0, BLOCK)
-        pixel = offset // C
-        i = (pixel // P * C + offset % C) * P + pixel % P
-        a, b, c, d = tl.randint4x(seed, i // 4)
-        j = i % 4
-        word = tl.where(j < 2, tl.where(j == 0, a, b), tl.where(j == 2, c, d))
-        _drop(x_ptr, y_ptr, offset, offset < numel, word, threshold, scale)
+    offset = pid * BLOCK + tl.arange(0, BLOCK)
+    pixel = offset // C
+    i = (pixel // P * C + offset % C) * P + pixel % P
+    a, b, c, d = tl.randint4x(tl.load(seed_ptr), i // 4)
+    j = i % 4
+    word = tl.where(j < 2, tl.where(j == 0, a, b), tl.where(j == 2, c, d))
+    _drop(x_ptr, y_ptr, offset, offset < numel, word, threshold, scale)

@@ -1,0 +1,169 @@
+"""Kernels that only move bytes, on an H100: the share of the copy bandwidth that their machine code allows.
+
+    make results        (python -m fastcnn.benchmarks.predict_memory)
+
+The page benchmarks/results/memory-bound-predicted.md is made here from results/aot (what each kernel compiled to) and
+KERNELS (what it must move); a test fails when it differs. Three things can keep such a kernel from the bandwidth:
+
+* width: accesses of fewer than 16 bytes per thread need more instructions and more transactions;
+* latency: the loads in flight on an SM must cover the time one takes. Every load of one pass through the code is
+  counted as in flight, in all warps that fit on the SM;
+* issue: an SM starts four instructions of a warp per cycle. All instructions of the code are counted once, and the
+  elements that one pass through it stores (reductions: loads). Code before a loop is counted with the loop, so the real
+  share is higher.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastcnn.ops.chips import CHIPS
+
+GPU, TARGET = "h100-sxm", "90"
+LATENCY = 800e-9  # seconds that a load takes on a busy memory system: an assumption
+ISSUES = 4  # warp instructions that an SM starts per cycle: one for each of its parts (CUDA programming guide)
+WARP = 32
+RESULTS = Path(__file__).resolve().parent / "results"
+PAGE = "memory-bound-predicted.md"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in the case of results/aot that stands for it, and the bytes that it must move per element.
+
+    Attributes:
+        op, case, kernel: as in results/aot.
+        what: in words, for the page.
+        reads, writes: bytes per element, from and to memory; writes of 0: a reduction.
+    """
+
+    op: str
+    case: str
+    kernel: str
+    what: str
+    reads: float
+    writes: float
+
+
+KERNELS = (
+    Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_statistics_kernel", "forward, statistics", 2, 0),
+    Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_apply_kernel", "forward", 2, 2),
+    Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_backward_reduce_kernel", "backward, sums", 4, 0),
+    Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_backward_apply_kernel", "backward", 4, 2),
+    Kernel("dropout", "vgg16 head", "dropout_kernel", "forward and backward", 2, 2),
+    Kernel("dropout", "channels_last", "dropout_transposed_kernel", "forward and backward, channels_last", 2, 2),
+    # per output: four inputs, one byte for the tap
+    Kernel("max_pool2d", "resnet50 stem", "max_pool2d_forward_kernel", "forward, 3x3 stride 2", 8, 3),
+    Kernel("max_pool2d", "vgg16", "max_pool2d_forward_kernel", "forward, 2x2 stride 2", 8, 3),
+    Kernel("max_pool2d", "resnet50 stem", "max_pool2d_backward_kernel", "backward, 3x3 stride 2", 0.75, 2),
+    Kernel("max_pool2d", "vgg16", "max_pool2d_backward_kernel", "backward, 2x2 stride 2", 0.75, 2),
+    Kernel("avg_pool2d", "densenet transition", "avg_pool2d_forward_kernel", "forward, 2x2 stride 2", 8, 2),
+    Kernel("avg_pool2d", "densenet transition", "avg_pool2d_backward_kernel", "backward, 2x2 stride 2", 0.5, 2),
+)
+
+
+def compiled(folder=RESULTS):
+    """{(op, case, kernel): the line of results/aot for this GPU, a dict of strings}."""
+    found = {}
+    for path in sorted((folder / "aot").glob("*.tsv")):
+        with path.open(newline="") as file:
+            next(file)  # the version of Triton
+            for line in csv.DictReader(file, delimiter="\t"):
+                op, case = line["case"].split(": ", 1)
+                if line["target"] == TARGET:
+                    found[op, case, line["kernel"]] = line
+    return found
+
+
+def bytes_of(accesses):
+    """Bytes per thread of "4 x128, 2 x16"."""
+    return sum(int(n) * int(bits[1:]) // 8 for n, bits in (part.split() for part in accesses.split(", ") if part))
+
+
+def is_wide(accesses):
+    """Whether at least half of these bytes move 16 at a time."""
+    wide = ", ".join(part for part in accesses.split(", ") if part.endswith("x128"))
+    return 2 * bytes_of(wide) >= bytes_of(accesses)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine code of a kernel allows.
+
+    Attributes:
+        in_flight: bytes of loads on one SM at the same time.
+        instructions: of a warp, per KiB moved.
+        latency, issue: bytes per second that these two allow.
+        share: of the copy bandwidth, at most 1.
+    """
+
+    in_flight: float
+    instructions: float
+    latency: float
+    issue: float
+    share: float
+
+
+def limits(kernel, line):
+    """The Limits of a Kernel from its line of results/aot."""
+    chip = CHIPS[GPU]
+    loaded, stored = bytes_of(line["loads"]), bytes_of(line["stores"])
+    elements = stored / kernel.writes if kernel.writes else loaded / kernel.reads
+    moved = elements * (kernel.reads + kernel.writes) * WARP
+    in_flight = int(line["resident"]) * WARP * loaded
+    # what is read more than once comes from the caches: of the loads in flight only this part is from memory
+    from_memory = min(1.0, elements * kernel.reads / loaded)
+    read_share = kernel.reads / (kernel.reads + kernel.writes)
+    latency = chip.sms * in_flight * from_memory / LATENCY / read_share
+    issue = chip.sms * ISSUES * chip.hertz / (int(line["instructions"]) / moved)
+    share = min(1.0, latency / chip.bytes_per_second, issue / chip.bytes_per_second)
+    return Limits(in_flight, int(line["instructions"]) / moved * 1024, latency, issue, share)
+
+
+def page(folder=RESULTS):
+    """The text of the page."""
+    chip, lines = CHIPS[GPU], compiled(folder)
+    head = ["op", "kernel", "pass", "case", "bytes read + written per element", "loads", "stores", "registers"]
+    head += [
+        "warps per SM",
+        "KiB in flight per SM",
+        "instructions per KiB",
+        "latency allows, TB/s",
+        "issue allows, TB/s",
+    ]
+    head += ["predicted share of the copy bandwidth"]
+    table = [head, ["---"] * 4 + ["---:"] * 10]
+    for kernel in KERNELS:
+        line = lines[kernel.op, kernel.case, kernel.kernel]
+        found = limits(kernel, line)
+        table.append(
+            [kernel.op, f"`{kernel.kernel}`", kernel.what, kernel.case, f"{kernel.reads:g} + {kernel.writes:g}"]
+            + [line["loads"], line["stores"], line["registers"], line["resident"], f"{found.in_flight / 1024:.0f}"]
+            + [f"{found.instructions:.0f}", f"{found.latency / 1e12:.1f}", f"{found.issue / 1e12:.1f}"]
+            + [f"{found.share:.0%}"]
+        )
+    return "\n".join(
+        [
+            f"# Kernels that only move bytes, on {GPU}: predicted from their machine code",
+            "",
+            f"**Not measured on a GPU.** None of these kernels spills: the ahead-of-time check fails on one. The copy "
+            f"bandwidth is {chip.bytes_per_second / 1e12:.1f} TB/s, measured on one H100. `latency`: the loads of one "
+            f"pass through the code are in flight in every warp, and take {LATENCY * 1e9:.0f} ns, an assumption. "
+            f"`issue`: {ISSUES} warp instructions per cycle and SM, every instruction of the code counted once. A "
+            "share of 100% says that neither is in the way; launches, the last wave and what DRAM makes of the order "
+            "of the accesses are not in it. How: `benchmarks/predict_memory.py`.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    )
+
+
+def main(folder=RESULTS):
+    """Write the page into a folder of result files."""
+    (folder / PAGE).write_text(page(folder))
+    print(f"{folder.parent.name}/{folder.name}/{PAGE}")
+
+
+if __name__ == "__main__":
+    main()
