@@ -14,6 +14,7 @@ KERNELS (what it must move); a test fails when it differs. Three things can keep
 """
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Kernel:
         op, case, kernel: as in results/aot.
         what: in words, for the page.
         reads, writes: bytes per element, from and to memory; writes of 0: a reduction.
+        tail: the code has a second branch for a last, ragged chunk: its narrow accesses are not counted.
     """
 
     op: str
@@ -43,6 +45,7 @@ class Kernel:
     what: str
     reads: float
     writes: float
+    tail: bool = False
 
 
 KERNELS = (
@@ -50,15 +53,61 @@ KERNELS = (
     Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_apply_kernel", "forward", 2, 2),
     Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_backward_reduce_kernel", "backward, sums", 4, 0),
     Kernel("batch_norm", "resnet50 stem nhwc", "batch_norm_backward_apply_kernel", "backward", 4, 2),
+    # one bit per element says where the sum was positive
+    Kernel("batch_norm", "add, relu", "batch_norm_apply_kernel", "forward, add, ReLU", 4, 2.125),
+    Kernel("batch_norm", "add, relu", "batch_norm_backward_reduce_kernel", "backward, sums, ReLU", 4.125, 0),
+    Kernel("batch_norm", "add, relu", "batch_norm_backward_apply_kernel", "backward, add, ReLU", 4.125, 4),
+    Kernel("group_norm", "resnet50 layer2 nhwc", "group_norm_statistics_kernel", "forward, statistics", 2, 0),
+    Kernel("group_norm", "resnet50 layer2 nhwc", "group_norm_apply_kernel", "forward", 2, 2),
+    Kernel("group_norm", "resnet50 layer2 nhwc", "group_norm_backward_reduce_kernel", "backward, sums", 4, 0),
+    Kernel("group_norm", "resnet50 layer2 nhwc", "group_norm_backward_apply_kernel", "backward", 4, 2),
+    Kernel("group_norm", "resnet50 layer4 nhwc", "group_norm_fused_kernel", "forward, one pass", 2, 2),
+    Kernel("group_norm", "resnet50 layer4 nhwc", "group_norm_fused_backward_kernel", "backward, one pass", 4, 2),
+    Kernel("layer_norm", "convnext-t 384", "layer_norm_kernel", "forward", 2, 2),
+    Kernel("layer_norm", "convnext-t 384", "layer_norm_backward_kernel", "backward", 4, 2),
+    Kernel(
+        "local_response_norm", "largest window nhwc", "local_response_norm_rows_kernel", "forward, 9 channels", 2, 2
+    ),
+    Kernel(
+        *("local_response_norm", "largest window nhwc", "local_response_norm_rows_backward_kernel"),
+        *("backward, 9 channels", 4, 2),
+    ),
     Kernel("dropout", "vgg16 head", "dropout_kernel", "forward and backward", 2, 2),
-    Kernel("dropout", "channels_last", "dropout_transposed_kernel", "forward and backward, channels_last", 2, 2),
+    Kernel("dropout", "channels_last", "dropout_quads_kernel", "forward and backward, channels_last", 2, 2),
+    Kernel("feature_dropout", "dropout2d nhwc", "channel_dropout_kernel", "forward and backward", 2, 2),
     # per output: four inputs, one byte for the tap
     Kernel("max_pool2d", "resnet50 stem", "max_pool2d_forward_kernel", "forward, 3x3 stride 2", 8, 3),
     Kernel("max_pool2d", "vgg16", "max_pool2d_forward_kernel", "forward, 2x2 stride 2", 8, 3),
-    Kernel("max_pool2d", "resnet50 stem", "max_pool2d_backward_kernel", "backward, 3x3 stride 2", 0.75, 2),
-    Kernel("max_pool2d", "vgg16", "max_pool2d_backward_kernel", "backward, 2x2 stride 2", 0.75, 2),
+    Kernel("max_pool2d", "resnet50 stem", "max_pool2d_backward_cells_kernel", "backward, 3x3 stride 2", 0.75, 2),
+    Kernel("max_pool2d", "vgg16", "max_pool2d_backward_cells_kernel", "backward, 2x2 stride 2", 0.75, 2),
+    Kernel("max_pool2d", "googlenet 3x3 stride 1", "max_pool2d_backward_cells_kernel", "backward, 3x3 stride 1", 3, 2),
     Kernel("avg_pool2d", "densenet transition", "avg_pool2d_forward_kernel", "forward, 2x2 stride 2", 8, 2),
     Kernel("avg_pool2d", "densenet transition", "avg_pool2d_backward_kernel", "backward, 2x2 stride 2", 0.5, 2),
+    Kernel("adaptive_avg_pool2d", "resnet50 global", "global_avg_pool2d_forward_kernel", "forward, global", 2, 0),
+    Kernel("adaptive_avg_pool2d", "resnet50 global", "adaptive_avg_pool2d_backward_kernel", "backward, global", 0, 2),
+    Kernel("lp_pool2d", "2x2 norm 2", "lp_pool2d_forward_kernel", "forward, 2x2 stride 2", 8, 2),
+    Kernel("lp_pool2d", "2x2 norm 2", "lp_pool2d_backward_kernel", "backward, 2x2 stride 2", 3, 2),
+    Kernel(
+        *("cross_entropy", "imagenet, smoothing, fp32", "cross_entropy_forward_kernel", "forward", 4, 0),
+    ),
+    Kernel("cross_entropy", "imagenet, smoothing, fp32", "cross_entropy_backward_kernel", "backward", 4, 4),
+    Kernel("elementwise_loss", "mse 0.0", "elementwise_loss_forward_kernel", "forward, MSE", 4, 0),
+    Kernel("elementwise_loss", "mse 0.0", "elementwise_loss_backward_kernel", "backward, MSE", 4, 2),
+    Kernel("elementwise_loss", "bce 0.0", "elementwise_loss_forward_kernel", "forward, BCE with logits", 4, 0),
+    Kernel("elementwise_loss", "bce 0.0", "elementwise_loss_backward_kernel", "backward, BCE with logits", 4, 2),
+    Kernel("multi_margin_loss", "imagenet", "multi_margin_loss_backward_kernel", "backward", 2, 2),
+    # fp32; bytes per parameter
+    Kernel("optimizers", "sgd momentum decay", "sgd_kernel", "SGD, momentum", 12, 8, tail=True),
+    Kernel("optimizers", "adagrad", "adagrad_kernel", "Adagrad", 12, 8, tail=True),
+    Kernel("optimizers", "rmsprop", "rmsprop_kernel", "RMSprop", 12, 8, tail=True),
+    Kernel("optimizers", "rmsprop centered momentum", "rmsprop_kernel", "RMSprop, centered", 20, 16, tail=True),
+    Kernel("optimizers", "adam", "adam_kernel", "Adam", 16, 12, tail=True),
+    Kernel("optimizers", "adam amsgrad amp", "adam_kernel", "AMSGrad, unscales in place", 20, 20, tail=True),
+    Kernel("optimizers", "adam ema", "adam_kernel", "Adam and the average of weights", 20, 16, tail=True),
+    Kernel("optimizers", "nadam", "adam_kernel", "NAdam", 16, 12, tail=True),
+    Kernel("optimizers", "radam", "adam_kernel", "RAdam", 16, 12, tail=True),
+    Kernel("optimizers", "lion", "lion_kernel", "Lion", 12, 8, tail=True),
+    Kernel("optimizers", "sgd clipped", "square_sums_kernel", "norm of the gradients", 4, 0, tail=True),
 )
 
 
@@ -80,10 +129,9 @@ def bytes_of(accesses):
     return sum(int(n) * int(bits[1:]) // 8 for n, bits in (part.split() for part in accesses.split(", ") if part))
 
 
-def is_wide(accesses):
-    """Whether at least half of these bytes move 16 at a time."""
-    wide = ", ".join(part for part in accesses.split(", ") if part.endswith("x128"))
-    return 2 * bytes_of(wide) >= bytes_of(accesses)
+def wide(accesses):
+    """Those of 16 bytes: "4 x128" of "4 x128, 2 x16"."""
+    return ", ".join(part for part in accesses.split(", ") if part.endswith("x128"))
 
 
 @dataclass(frozen=True)
@@ -107,14 +155,15 @@ class Limits:
 def limits(kernel, line):
     """The Limits of a Kernel from its line of results/aot."""
     chip = CHIPS[GPU]
-    loaded, stored = bytes_of(line["loads"]), bytes_of(line["stores"])
+    loads, stores = (wide(line[name]) if kernel.tail else line[name] for name in ("loads", "stores"))
+    loaded, stored = bytes_of(loads), bytes_of(stores)
     elements = stored / kernel.writes if kernel.writes else loaded / kernel.reads
     moved = elements * (kernel.reads + kernel.writes) * WARP
     in_flight = int(line["resident"]) * WARP * loaded
     # what is read more than once comes from the caches: of the loads in flight only this part is from memory
     from_memory = min(1.0, elements * kernel.reads / loaded)
     read_share = kernel.reads / (kernel.reads + kernel.writes)
-    latency = chip.sms * in_flight * from_memory / LATENCY / read_share
+    latency = chip.sms * in_flight * from_memory / LATENCY / read_share if read_share else math.inf
     issue = chip.sms * ISSUES * chip.hertz / (int(line["instructions"]) / moved)
     share = min(1.0, latency / chip.bytes_per_second, issue / chip.bytes_per_second)
     return Limits(in_flight, int(line["instructions"]) / moved * 1024, latency, issue, share)

@@ -98,7 +98,8 @@ CASES = {
     "dropout2d": (lambda F, x: F.dropout2d(x, 0.4), lambda: [image()]),
     "dropout3d": (lambda F, x: F.dropout3d(x, 0.4), lambda: [randn(3, 7, 2, 2, 3)]),
     "fractional_max_pool2d": (
-        lambda F, x: F.fractional_max_pool2d(x, 2, (3, 3), _random_samples=SAMPLES.to(x)), lambda: [image()]
+        lambda F, x: F.fractional_max_pool2d(x, 2, (3, 3), _random_samples=SAMPLES.to(x)),
+        lambda: [image()],
     ),
     "gelu": (lambda F, x: F.gelu(x), lambda: [image()]),
     "group_norm": (

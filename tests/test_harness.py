@@ -205,7 +205,8 @@ def test_memory_of_one_layer():
 def test_every_op_runs(op, tmp_path, monkeypatch):
     """One small case of each, as --quick would run it."""
     monkeypatch.setattr(run, "ceilings", lambda device: {"matmul_tflops": {"float32": 0.1}, "copy_gbs": 10.0})
-    name = {"cross_entropy": "cifar10.loss", "optim": "lenet5.adamw"}.get(op, "ragged.c17")
+    others = {"decorrelated_batch_norm": "ragged.c48", "group_norm": "ragged.c18"}
+    name = ({"cross_entropy": "cifar10.loss", "optim": "lenet5.adamw"} | others).get(op, "ragged.c17")
     providers = ["torch", "torch-nhwc", "fastcnn", "fastcnn-auto"]
     found = run.run_ops({op: [case_of(op, name)]}, providers, setting(split=False), tmp_path)
     assert {row["provider"] for row in found} == set(providers)
