@@ -76,9 +76,10 @@ def measure(calls, device, seconds, min_samples=5, max_samples=200, flush=True):
             _round(calls, names, timed, _empty(calls))
         found, start, rounds = _empty(calls), time.perf_counter(), 0
         while rounds < min_samples or (rounds < max_samples and time.perf_counter() - start < seconds * len(calls)):
-            # turn the order: nobody always runs behind the same neighbour
-            turn = rounds % len(names)
-            _round(calls, names[turn:] + names[:turn], timed, found)
+            # turn the order, every second round backwards: nobody always runs behind the same neighbour
+            turn = rounds // 2 % len(names)
+            order = names[turn:] + names[:turn]
+            _round(calls, order[::-1] if rounds % 2 else order, timed, found)
             rounds += 1
     finally:
         if collecting:

@@ -233,10 +233,11 @@ def test_measure_interleaves_and_leaves_out_what_is_not_timed():
     log = []
     note = lambda word: lambda: log.append(word)
     calls = {"a": [(None, note("prepare a")), ("forward", note("a"))], "b": [("forward", note("b"))]}
-    found = timing.measure(calls, CPU, seconds=0, min_samples=3)
-    assert set(found) == {"a", "b"} and set(found["a"]) == {"forward"} and found["a"]["forward"].samples == 3
-    # a warm-up round, then three that turn
-    assert log == ["prepare a", "a", "b"] * 2 + ["b", "prepare a", "a"] + ["prepare a", "a", "b"]
+    found = timing.measure(calls, CPU, seconds=0, min_samples=4)
+    assert set(found) == {"a", "b"} and set(found["a"]) == {"forward"} and found["a"]["forward"].samples == 4
+    # a warm-up round, then four that turn, every second one backwards
+    there, back = ["prepare a", "a", "b"], ["b", "prepare a", "a"]
+    assert log == [*there, *there, *back, *back, *there]
 
 
 def test_costs_by_hand():
