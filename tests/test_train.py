@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcnn import nn
+from fastcnn import nn, optim
 from fastcnn.data import load_data
 from fastcnn.models import create_model
 from fastcnn.train import TrainConfig, load_run, loop, train
@@ -136,6 +136,15 @@ def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
     assert_same_run(finished[0], out)
     assert summary["test_accuracy"] == finished[1]["test_accuracy"]
     assert [step for step, _ in tensorboard(out)["lr"]] == [1, 2, 3, 4]
+
+
+def test_every_optimizer_of_ours_can_be_chosen(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    for name in optim.__all__:
+        made = loop._optimizer(model, config(tmp_path, optimizer=name.lower(), lr=0.01, momentum=0.8, weight_decay=0.1))
+        assert type(made) is getattr(optim, name)
+        assert made.defaults["lr"] == 0.01 and made.defaults["weight_decay"] == 0.1
+        assert made.defaults.get("momentum", 0) == (0.8 if name in ("SGD", "LARS") else 0)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,11 @@ import types
 import typing
 from dataclasses import asdict, dataclass, field, fields
 
+from fastcnn import optim
 from fastcnn.backends import BACKENDS
 from fastcnn.names import check_name
 
+OPTIMIZERS = {name.lower(): getattr(optim, name) for name in optim.__all__}
 # these may differ between a run and its continuation: they change where and how fast, not what
 FREE_ON_RESUME = ("data_dir", "device", "workers", "out", "resume")
 
@@ -33,9 +35,9 @@ class TrainConfig:
     augment: bool = option(True, "shift every training image by up to 2 pixels, anew in every epoch")
     epochs: int = option(40, "passes over the training images", low=1)
     batch_size: int = option(32, "images per step", low=1)
-    optimizer: str = option("adam", "adam, adamw or sgd", choices=("adam", "adamw", "sgd"))
+    optimizer: str = option("adam", ", ".join(OPTIMIZERS), choices=tuple(OPTIMIZERS))
     lr: float = option(4e-3, "learning rate at the start", above=0)
-    momentum: float = option(0.9, "for sgd", low=0)
+    momentum: float = option(0.9, "for sgd and lars", low=0)
     weight_decay: float = option(0.0, "weight decay, as the optimizer defines it", low=0)
     scheduler: str = option(
         "cosine",

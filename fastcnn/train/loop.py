@@ -14,12 +14,12 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from fastcnn import nn, optim
+from fastcnn import nn
 from fastcnn.backends import backend, explain
 from fastcnn.data import batches, load_data
 from fastcnn.models import create_model
 from fastcnn.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
-from fastcnn.train.config import FREE_ON_RESUME
+from fastcnn.train.config import FREE_ON_RESUME, OPTIMIZERS
 from fastcnn.train.evaluate import autocast, check_same, choose_device, evaluate, load_config, reader_count, to_input
 from fastcnn.train.memory import keep_freed_memory
 from fastcnn.train.plots import plot_confusion, plot_curves, plot_filters
@@ -213,10 +213,8 @@ def best_row(history):
 
 
 def _optimizer(model, config):
-    if config.optimizer == "sgd":
-        return optim.SGD(model.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    kind = {"adam": optim.Adam, "adamw": optim.AdamW}[config.optimizer]
-    return kind(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    momentum = {"momentum": config.momentum} if config.optimizer in ("sgd", "lars") else {}
+    return OPTIMIZERS[config.optimizer](model.parameters(), config.lr, weight_decay=config.weight_decay, **momentum)
 
 
 def _count(model):
