@@ -34,9 +34,28 @@ with fastcnn.backend("cpu"), fastcnn.strict():
         for name in ("max_pool2d", "avg_pool2d"):
             y = getattr(F, name)(x, 3, 2, 1)
             keep(f"{name} {channels_last}", y, *torch.autograd.grad(y, x, torch.randn(y.shape)))
+        z = torch.randn(x.shape).to(memory_format=layout).requires_grad_()
+        y = F.batch_norm(x, mean, var, weight, bias, True, activation="relu", residual=z)
+        keep(f"batch_norm, add, relu {channels_last}", y, *torch.autograd.grad(y, (x, z, weight), torch.randn(y.shape)))
+        y = F.local_response_norm(x, 5)
+        keep(f"local_response_norm {channels_last}", y, *torch.autograd.grad(y, x, torch.randn(y.shape)))
         y = F.dropout(x, 0.3)
         keep(f"dropout {channels_last}", y, *torch.autograd.grad(y, x, torch.randn(y.shape)))
-    for kind in (optim.Adam, optim.AdamW, lambda p: optim.SGD(p, momentum=0.9, weight_decay=0.1)):
+    x = torch.randn(64, 50).requires_grad_()
+    y = F.cross_entropy(x, torch.arange(64) % 50, label_smoothing=0.1)
+    keep("cross_entropy", y, *torch.autograd.grad(y, x))
+    y = F.smooth_l1_loss(x, torch.zeros(64, 50))
+    keep("smooth_l1_loss", y, *torch.autograd.grad(y, x))
+    kinds = (
+        lambda p: optim.Adam(p, l1=1e-3, max_grad_norm=1.0, ema_decay=0.9),
+        optim.AdamW,
+        optim.NAdam,
+        lambda p: optim.SGD(p, momentum=0.9, weight_decay=0.1),
+        lambda p: optim.RMSprop(p, centered=True, momentum=0.9),
+        optim.Adagrad,
+        optim.Lion,
+    )
+    for kind in kinds:
         params = [torch.randn(n, requires_grad=True) for n in (3, 150, 48001)]
         optimizer = kind(params)
         for _ in range(5):
@@ -54,5 +73,5 @@ def test_compiled_and_loaded_kernels_agree_in_every_bit(tmp_path):
         for _ in range(2)
     )
     assert any(tmp_path.rglob("*.nbi"))
-    assert len(compiled.stdout.splitlines()) == 11
+    assert len(compiled.stdout.splitlines()) == 21
     assert compiled.stdout.splitlines() == loaded.stdout.splitlines()
