@@ -20,7 +20,8 @@ def faults(function):
 
 torch.set_num_threads(1)
 step = lambda: torch.ones(2**24) + 1  # two blocks of 64 MiB
-step()
+for _ in range(4):  # small blocks between the large ones may cost a new one at first
+    step()
 print(json.dumps([took_effect, faults(step)]))
 """
 
