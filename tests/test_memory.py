@@ -19,10 +19,15 @@ def faults(function):
 
 
 torch.set_num_threads(1)
-step = lambda: torch.ones(2**24) + 1  # two blocks of 64 MiB
-for _ in range(4):  # small blocks between the large ones may cost a new one at first
-    step()
-print(json.dumps([took_effect, faults(step)]))
+
+
+def steps():
+    for _ in range(8):
+        torch.ones(2**24) + 1  # two blocks of 64 MiB
+
+
+steps()  # small blocks between the large ones may cost new ones until the heap has settled
+print(json.dumps([took_effect, faults(steps)]))
 """
 
 
