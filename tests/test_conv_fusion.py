@@ -377,7 +377,7 @@ def test_correction_of_what_is_not_there_does_not_overflow(lane, family, kind):
     layer.x, layer.w = layer.x * 0.02, layer.w * 0.02
     constant = lambda value: torch.full((layer.w.shape[0],), value, device=lane.device)
     y = (60.0 + layer.grad_output.float()).half()
-    correction = Correction(y, constant(1.0), constant(900.0), constant(60.0))
+    correction = Correction(y, constant(1.0), constant(1800.0), constant(1.0 - 1800.0 * 60.0))
     grad = getattr(layer, kind)(correction=correction)
     which = 0 if kind == "backward_input" else 1
     yardstick, truth = (layer.gradients_reference(exact, correction=correction)[which] for exact in (False, True))
@@ -447,7 +447,7 @@ def test_conv_bn_relu_conv_without_a_normalised_tensor(lane, dtype, launches):
             grad, w2, None, size1, *second, *end, pending=pending, input=y1
         )
         dsums, dgamma, dbeta = torch.autograd.grad((scale, shift), (sums, gamma, beta), dvectors)
-        correction = Correction(y1, *dsums, pivot)
+        correction = Correction(y1, torch.ones_like(pivot), 2 * dsums[1], dsums[0] - 2 * dsums[1] * pivot)
         dw1 = conv2d_ops.conv2d_backward_weight(dy1, x, w1, *first, *end[1:], correction=correction)
         dx = conv2d_ops.conv2d_backward_input(dy1, w1, None, (4, 3), *first, *end, correction=correction)
     names = ("y", "dx", "dw1", "dgamma", "dbeta", "dw2")

@@ -113,7 +113,7 @@ def _pending_arguments(pending):
 
 
 def _corrected_arguments(grad_output, correction):
-    """grad_output and (y, d1, d2, pivot), where y has the strides of grad_output."""
+    """grad_output and (y, a, b, c), where y has the strides of grad_output."""
     if correction is None:
         return grad_output, (None,) * 4
     y = correction.y
@@ -123,7 +123,7 @@ def _corrected_arguments(grad_output, correction):
         else:
             y = y.contiguous()
             grad_output = common.with_strides_of(grad_output, y)
-    return grad_output, (y, *(t.contiguous() for t in (correction.d1, correction.d2, correction.pivot)))
+    return grad_output, (y, *(t.contiguous() for t in correction[1:]))
 
 
 def forward(

@@ -133,8 +133,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
     sums = None
     if pivot is not None or (backward and pending is not None):
         sums = torch.empty((rows, 2, channels), dtype=torch.float32, device=y.device)
-    vectors = [bias, *(pending[:2] if pending else (None, None)), *(correction[1:3] if correction else (None, None))]
-    vectors.append(correction.pivot if correction else pivot)
+    vectors = [bias, *(pending[:2] if pending else (None,) * 2), *(correction[1:] if correction else (None,) * 3), pivot]
     with common.device_guard(y):
         conv2d_images_kernel[(min(rows * -(-k // launch.block_n) * groups, launch.programs),)](
             _flat(x, reads, one_pixel),

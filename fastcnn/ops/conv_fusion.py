@@ -29,18 +29,19 @@ class Pending(NamedTuple):
 
 
 class Correction(NamedTuple):
-    """grad_output + d1 + 2 * d2 * (y - pivot) per channel, applied while grad_output is loaded.
+    """grad_output * a + b * y + c per channel, applied while grad_output is loaded.
 
-    It is the gradient of y where its sums about the pivot have the gradients d1 (of the sum of y - pivot) and d2 (of
-    the sum of its square). y: the convolution's output [N, K, P, Q]; d1, d2, pivot [K], fp32 (fp64 with fp64 tensors).
+    It is the gradient of the convolution's output y [N, K, P, Q] where grad_output is that of y * scale + shift: a is
+    the scale, and b and c are what the gradients of scale and shift come to through the statistics of the batch.
+    a, b, c [K]: fp32 (fp64 with fp64 tensors).
     """
 
     y: torch.Tensor
-    d1: torch.Tensor
-    d2: torch.Tensor
-    pivot: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
 
     def reference(self, grad_output):
         """The same in plain PyTorch, in the dtype of grad_output."""
-        d1, d2, pivot = (t.to(grad_output.dtype).view(1, -1, 1, 1) for t in (self.d1, self.d2, self.pivot))
-        return grad_output + d1 + 2 * d2 * (self.y.to(grad_output.dtype) - pivot)
+        a, b, c = (t.to(grad_output.dtype).view(1, -1, 1, 1) for t in self[1:])
+        return grad_output * a + (b * self.y.to(grad_output.dtype) + c)

@@ -277,9 +277,9 @@ def conv2d_backward_input_kernel(
     bias_ptr,
     dx_ptr,
     y_ptr,  # correction of dy; y is laid out as dy
-    d1_ptr,
-    d2_ptr,
-    pivot_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
     x_ptr,  # pending activation; x and the added tensor are laid out as dx
     scale_ptr,
     shift_ptr,
@@ -398,12 +398,12 @@ def conv2d_backward_input_kernel(
             mask=real[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        if d1_ptr is not None:
+        if y_ptr is not None:
             y_block = tl.load(y_ptr + dy_offsets + shift, mask=inside[:, None] & real[None, :], other=0.0)
-            d1 = channel_vector(d1_ptr + g * K, k0 + k, K)[None, :]
-            d2 = channel_vector(d2_ptr + g * K, k0 + k, K)[None, :]
-            pivot = channel_vector(pivot_ptr + g * K, k0 + k, K)[None, :]
-            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
+            y_a = channel_vector(a_ptr + g * K, k0 + k, K)[None, :]
+            y_b = channel_vector(b_ptr + g * K, k0 + k, K)[None, :]
+            y_c = channel_vector(c_ptr + g * K, k0 + k, K)[None, :]
+            value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
             dy_block = tl.where(inside[:, None], value, 0.0).to(dy_block.dtype)
         acc = tl.dot(dy_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
         k0, s, r = next_step(k0, s, r, K, s_count, BLOCK_K)
@@ -478,9 +478,9 @@ def conv2d_backward_weight_kernel(
     x_ptr,
     dw_ptr,
     y_ptr,  # correction of dy; y is laid out as dy
-    d1_ptr,
-    d2_ptr,
-    pivot_ptr,
+    a_ptr,
+    b_ptr,
+    c_ptr,
     scale_ptr,  # pending activation of x
     shift_ptr,
     M,  # N * P * Q
@@ -581,10 +581,10 @@ def conv2d_backward_weight_kernel(
         x_group = x_ptr + (g * C // VECTOR * VECTOR) * stride_xc  # vectors are for one group: g is 0
     x_columns += c * stride_xc
     dy_filters = g * K * stride_yk + k * stride_yk
-    if d1_ptr is not None:
-        d1 = channel_vector(d1_ptr + g * K, k, K)[:, None]
-        d2 = channel_vector(d2_ptr + g * K, k, K)[:, None]
-        pivot = channel_vector(pivot_ptr + g * K, k, K)[:, None]
+    if y_ptr is not None:
+        y_a = channel_vector(a_ptr + g * K, k, K)[:, None]
+        y_b = channel_vector(b_ptr + g * K, k, K)[:, None]
+        y_c = channel_vector(c_ptr + g * K, k, K)[:, None]
     if PENDING is not None:
         scale = channel_vector(scale_ptr + g * C, c, C)[None, :]
         bias = channel_vector(shift_ptr + g * C, c, C)[None, :]
@@ -618,9 +618,9 @@ def conv2d_backward_weight_kernel(
         x_block = tl.load(  # [BLOCK_K, BLOCK_N]
             x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
         )
-        if d1_ptr is not None:
+        if y_ptr is not None:
             y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
-            value = corrected(accumulator(dy_block), accumulator(y_block), d1, d2, pivot)
+            value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
             # not zero where dy was masked, but there x is; fp16 could make Inf of it, and Inf times zero is NaN
             if dy_ptr.dtype.element_ty == tl.float16:
                 value = tl.where(dy_mask, value, 0.0)

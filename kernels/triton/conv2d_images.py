@@ -66,8 +66,9 @@ def conv2d_images_kernel(
     bias_ptr,
     scale_ptr,
     shift_ptr,
-    d1_ptr,
-    d2_ptr,
+    a_ptr,  # CORRECTED
+    b_ptr,
+    c_ptr,
     pivot_ptr,
     sums_ptr,  # SUMS: [N blocks * output pixels, 2, K of all groups]
     N,
@@ -148,11 +149,11 @@ def conv2d_images_kernel(
             shift = tl.load(shift_ptr + group * C + channel, mask=read, other=0.0)
             x = pending_activation(x.to(tl.float32), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING).to(x.dtype)
         if CORRECTED:
-            d1 = tl.load(d1_ptr + group * C + channel, mask=read, other=0.0)
-            d2 = tl.load(d2_ptr + group * C + channel, mask=read, other=0.0)
-            pivot = tl.load(pivot_ptr + group * C + channel, mask=read, other=0.0)
+            y_a = tl.load(a_ptr + group * C + channel, mask=read, other=0.0)
+            y_b = tl.load(b_ptr + group * C + channel, mask=read, other=0.0)
+            y_c = tl.load(c_ptr + group * C + channel, mask=read, other=0.0)
             other = corrected_desc.load([image, first_x]).to(tl.float32)
-            x = corrected(x.to(tl.float32), other, d1[None, :], d2[None, :], pivot[None, :]).to(x.dtype)
+            x = corrected(x.to(tl.float32), other, y_a[None, :], y_b[None, :], y_c[None, :]).to(x.dtype)
         if BACKWARD:
             weight = weight_desc.load([group * C + c, this_tap * K + first_k])  # [BLOCK_K, BLOCK_N]
         else:
@@ -226,9 +227,9 @@ def conv2d_images_backward_weight_kernel(
     corrected_desc,  # CORRECTED: as dy_desc
     scale_ptr,
     shift_ptr,
-    d1_ptr,
-    d2_ptr,
-    pivot_ptr,
+    a_ptr,  # CORRECTED
+    b_ptr,
+    c_ptr,
     N,
     H,
     W,
@@ -294,9 +295,9 @@ def conv2d_images_backward_weight_kernel(
         shift = tl.load(shift_ptr + g * C + channel, mask=channel < C, other=0.0)[None, :]
     if CORRECTED:
         filters = first_k + tl.arange(0, BLOCK_N)
-        d1 = tl.load(d1_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
-        d2 = tl.load(d2_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
-        pivot = tl.load(pivot_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
+        y_a = tl.load(a_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
+        y_b = tl.load(b_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
+        y_c = tl.load(c_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(start, stop):
         x_pixel = (first_h + p * stride_h) * W + first_w + q * stride_w
@@ -310,7 +311,7 @@ def conv2d_images_backward_weight_kernel(
             x = tl.where(valid, z, 0.0).to(x.dtype)
         if CORRECTED:
             other = corrected_desc.load([image, y_pixel * (K * G) + g * K + first_k]).to(tl.float32)
-            dy = tl.where(valid, corrected(dy.to(tl.float32), other, d1, d2, pivot), 0.0).to(dy.dtype)
+            dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)
         acc = tl.dot(x.T, dy, acc, input_precision=PRECISION, out_dtype=tl.float32)
         q += 1
         next_row = q >= per_row

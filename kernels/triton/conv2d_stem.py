@@ -109,9 +109,9 @@ def conv2d_stem_backward_weight_kernel(
     x_desc,  # [N, H, W * C]
     dw_ptr,  # [splits, SHIFTS, K, ROWS * RUN]
     corrected_desc,  # CORRECTED: as dy_desc
-    d1_ptr,
-    d2_ptr,
-    pivot_ptr,
+    a_ptr,  # CORRECTED
+    b_ptr,
+    c_ptr,
     N,
     P,
     Q,
@@ -142,9 +142,9 @@ def conv2d_stem_backward_weight_kernel(
     first = (total * split // splits).to(tl.int32)
     last = (total * (split + 1) // splits).to(tl.int32)
     if CORRECTED:
-        d1 = tl.load(d1_ptr + k, mask=k < K, other=0.0)[:, None]
-        d2 = tl.load(d2_ptr + k, mask=k < K, other=0.0)[:, None]
-        pivot = tl.load(pivot_ptr + k, mask=k < K, other=0.0)[:, None]
+        y_a = tl.load(a_ptr + k, mask=k < K, other=0.0)[:, None]
+        y_b = tl.load(b_ptr + k, mask=k < K, other=0.0)[:, None]
+        y_c = tl.load(c_ptr + k, mask=k < K, other=0.0)[:, None]
     acc = tl.zeros((BLOCK_M, ROWS * RUN), dtype=tl.float32)
     for step in range(first, last):
         image = step // (P * per_row) * BLOCK_K
@@ -157,7 +157,7 @@ def conv2d_stem_backward_weight_kernel(
             other = corrected_desc.load([image, (p * Q + q) * K + first_k]).T.to(tl.float32)
             # rows past the batch are zero, where the correction could make Inf of them
             valid = ((image + tl.arange(0, BLOCK_K)) < N)[None, :]
-            dy = tl.where(valid, corrected(dy.to(tl.float32), other, d1, d2, pivot), 0.0).to(dy.dtype)
+            dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)
         acc = tl.dot(dy, x.reshape(BLOCK_K, ROWS * RUN), acc, out_dtype=tl.float32)
     # 64 bits: many slabs reach far
     pointers = (

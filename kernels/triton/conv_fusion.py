@@ -1,8 +1,8 @@
 """What the convolution kernels do to a block on its way in or out: compile-time options, nothing where they are off.
 
-In: a pending activation z = act(x * scale + shift), per channel, and the correction dy + d1 + 2 * d2 * (y - pivot),
-which is how the gradients of the sums of y and of y^2 join the gradient of y. Out: sums per channel, and the gradient
-of a pending activation. The formulas work on fp32 (fp64 for fp64).
+In: a pending activation z = act(x * scale + shift), per channel, and the correction dy * a + b * y + c, which is how the
+gradients of a batch's statistics join the gradient of y. Out: sums per channel, and the gradient of a pending
+activation. The formulas work on fp32 (fp64 for fp64).
 """
 
 import triton
@@ -34,9 +34,9 @@ def pending_activation_backward(dz, x, scale, shift, SLOPE: tl.constexpr, ACTIVA
 
 
 @triton.jit
-def corrected(dy, y, d1, d2, pivot):
-    """The gradient of y whose sums about the pivot have the gradients d1 (of the sum) and d2 (of the squares' sum)."""
-    return dy + d1 + 2.0 * d2 * (y - pivot)
+def corrected(dy, y, a, b, c):
+    """The gradient of y, where dy is that of y * scale + shift: a is the scale, b and c come from the statistics."""
+    return dy * a + (b * y + c)
 
 
 @triton.jit
