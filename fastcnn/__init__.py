@@ -4,7 +4,7 @@ from fastcnn.backends import backend, env, explain, strict
 
 __version__ = "0.1.0"
 SUBMODULES = ("data", "functional", "models", "nn", "optim", "study", "testing", "train")
-__all__ = ["backend", "env", "explain", "strict", *SUBMODULES]
+__all__ = ["backend", "env", "explain", "graphed_step", "strict", *SUBMODULES]
 
 
 def __getattr__(name):
@@ -13,4 +13,8 @@ def __getattr__(name):
         import importlib
 
         return importlib.import_module(f"fastcnn.{name}")
+    if name == "graphed_step":
+        from fastcnn.graphs import graphed_step
+
+        return graphed_step
     raise AttributeError(f"module 'fastcnn' has no attribute {name!r}")
