@@ -1,0 +1,280 @@
+"""Convolution and batch norm of the fused chain: from an expression of raw tensors to a raw tensor and two vectors.
+
+    z = Expression (pending.py)      y = conv(z) [N, K, P, Q]      scale, shift [K]: batch norm of y is y * scale + shift
+
+Neither z nor the normalised y is stored, except that a join's z is, which later layers read, too. On a GPU the kernels
+make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
+activation and batch norm's sums before it stores. Elsewhere, and with a gate, z is a temporary, made again in backward.
+
+Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
+back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
+sum of their gradients.
+Saved for backward: x, y (in training), weight, vectors; of a join its z and the sides that have a scale.
+Torch counterpart: torch.nn.functional.conv2d and batch_norm. Sources: Ioffe and Szegedy 2015; the gradients of batch
+norm that join the convolution's, fastcnn's documentation of the chain.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from fastcnn.backends import Op
+from fastcnn.ops import batch_norm_affine as bn
+from fastcnn.ops import common, conv2d, pending
+from fastcnn.ops.conv_fusion import Correction, Pending
+
+op = Op(
+    "conv_batch_norm",
+    cpu_kernel=True,
+    cpu_auto=True,
+    why="convolutions run on oneDNN, what is between them in numba; a fraction of PyTorch's saved bytes",
+)
+
+
+class Convolution(NamedTuple):
+    """What conv2d's host functions take beside tensors; padding is (top, left)."""
+
+    size: tuple
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+    groups: int
+
+
+class Norm(NamedTuple):
+    """Batch norm's numbers. training: with the statistics of the batch; group: of all its processes', or None."""
+
+    training: bool
+    momentum: float
+    eps: float
+    group: object = None
+
+
+def conv_batch_norm_reference(expression, weight, bias, gamma, beta, running_mean, running_var, geometry, norm):
+    """activation-free batch norm of the convolution in plain PyTorch; leaves the running statistics alone."""
+    y = conv2d.padded_reference(pending.pending_reference(expression), weight, bias, *geometry)
+    running = (None, None) if norm.training else (running_mean, running_var)
+    return F.batch_norm(y, *running, gamma, beta, norm.training, 0.0, norm.eps)
+
+
+def _loads(e, backend):
+    """Whether the convolution's kernels make z while they load x."""
+    return backend == "triton" and e.scale is not None and e.gate is None and not e.is_join
+
+
+def _convolve(z, weight, bias, geometry, backend, **fused):
+    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch."""
+    if backend != "triton":
+        return F.conv2d(z, weight, bias, *geometry[1:])
+    channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
+    among = conv2d.among_vendors(backend, z)
+    return conv2d.conv2d_forward(z, weight, bias, *geometry, channels_last, "conv", among, **fused)
+
+
+def _from_sums(y, sums, pivot):
+    n = y.numel() // y.shape[1]
+    distance = sums[0] / n
+    return pivot + distance, (sums[1] / n - distance * distance).clamp(min=0)
+
+
+def _with_statistics(z, weight, geometry, running_mean, norm, backend, fused):
+    """(y, mean, var, rows)."""
+    if backend == "triton":
+        dtype = pending.vector_dtype(z)
+        pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running_mean is None else running_mean.to(dtype)
+        y, sums = _convolve(z, weight, None, geometry, backend, pivot=pivot, **fused)
+        mean, var = _from_sums(y, sums, pivot)
+    else:
+        y = _convolve(z, weight, None, geometry, backend)
+        mean, var = pending.statistics(y, backend)
+    rows = y.numel() // y.shape[1]
+    if norm.group is not None:
+        return y, *bn.gather_statistics(mean, var, rows, norm.group)
+    if rows <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
+    return y, mean, var, rows
+
+
+class ConvBatchNormFunction(torch.autograd.Function):
+    """(y, scale, shift, z, passed): vectors None without norm; z that of a join or None; passed x, in a join None."""
+
+    @staticmethod
+    def forward(
+        ctx, x, scale, shift, gate, right, right_scale, right_shift, weight, bias, gamma, beta, running_mean,
+        running_var, activation, slope, out, scaled, geometry, norm, backend,
+    ):  # fmt: skip
+        e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
+        loads, fused = _loads(e, backend), {}
+        if loads:
+            z, fused["pending"] = x, Pending(scale, shift, activation, slope)
+        else:
+            z = x if e.is_plain else pending.pending_forward(*e, backend)
+        batch = norm is not None and norm.training
+        vectors, mean, invstd, rows = (None, None), None, None, 1
+        if batch:
+            # a constant before batch norm moves the running mean and nothing else
+            y, mean, var, rows = _with_statistics(z, weight, geometry, running_mean, norm, backend, fused)
+            bn.update_running(running_mean, running_var, mean, var, bias, rows, norm.momentum)
+        else:
+            y = _convolve(z, weight, bias if norm is None else None, geometry, backend, **fused)
+        if norm is not None:
+            if not batch:
+                mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+                mean = mean if bias is None else mean - bias
+            *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps)
+        ctx.save_for_backward(
+            None if e.is_sum else x, scale, shift, gate, None if right_scale is None else right, right_scale,
+            z if e.is_join else None, weight, gamma, y if batch else None, mean, invstd,
+        )  # fmt: skip
+        ctx.form = (activation, slope, out, e.is_join, scaled)
+        ctx.where = (geometry, norm, rows, backend)
+        ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
+        ctx.set_materialize_grads(False)
+        passed = x if ctx.needs_input_grad[0] and not e.is_join else None
+        return y, *vectors, z if e.is_join else None, passed
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_scale, grad_shift, grad_z, grad_passed):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused chain has no second derivatives; fastcnn.revert(model) gives back layers that have them"
+            )
+        *inputs, weight, gamma, y, mean, invstd = ctx.saved_tensors
+        geometry, norm, rows, backend = ctx.where
+        needs, join = ctx.needs_input_grad, ctx.form[3]
+        inputs = _Inputs(*inputs, *ctx.form)
+        grad_weight = grad_bias = grad_gamma = grad_beta = correction = None
+        if grad_y is None:
+            grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
+        else:
+            if norm is not None:
+                a, b, c, grad_gamma, grad_beta = bn.affine_backward(
+                    grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group
+                )
+                correction = Correction(y if norm.training else grad_y, a, b, c)
+            if needs[8]:
+                grad_bias = _grad_bias(grad_y, grad_shift, norm, correction)
+            passes = _on_gpu if backend == "triton" else _on_cpu
+            grads, grad_weight = passes(
+                inputs, grad_y, correction, weight, geometry, ctx.image, grad_z if join else grad_passed,
+                any(needs[:7]), needs[3], needs[7], backend,
+            )  # fmt: skip
+        parameters = grad_weight, grad_bias, grad_gamma, grad_beta
+        return (
+            *grads,
+            *(grad if need else None for grad, need in zip(parameters, needs[7:11], strict=True)),
+            *[None] * 9,
+        )
+
+
+class _Inputs(NamedTuple):
+    """What backward needs of an expression: see pending.Expression."""
+
+    x: torch.Tensor | None
+    scale: torch.Tensor | None
+    shift: torch.Tensor | None
+    gate: torch.Tensor | None
+    right: torch.Tensor | None
+    right_scale: torch.Tensor | None
+    z: torch.Tensor | None
+    activation: str
+    slope: float
+    out: str
+    join: bool
+    scaled: bool
+
+    @property
+    def is_plain(self):
+        return not self.join and self.scale is None and self.activation == "none" and self.gate is None
+
+    def again(self, backend):
+        """z, made again where it was not kept."""
+        if self.join or self.is_plain:
+            return self.z if self.join else self.x
+        vectors = self.scale, self.shift, self.activation, self.slope, self.gate
+        return pending.pending_forward(self.x, *vectors, None, None, None, "none", backend)
+
+    def grads(self, grad, add, need_gate, backend):
+        """Gradients of (x, scale, shift, gate, right, right_scale, right_shift), given that of z."""
+        grad_x, sums, grad_right, right_sums, grad_gate = pending.pending_backward(
+            grad, add, self.x, self.scale, self.shift, self.activation, self.slope, self.gate, self.join, self.right,
+            self.right_scale, self.z, self.out, need_gate, self.scaled, backend,
+        )  # fmt: skip
+        return (
+            grad_x,
+            *_pair(sums if self.scale is not None else None),
+            grad_gate if need_gate else None,
+            grad_right if self.join else None,
+            *_pair(right_sums if self.right_scale is not None else None),
+        )
+
+
+def _pair(sums):
+    return (None, None) if sums is None else sums.unbind(0)
+
+
+def _grad_bias(grad_y, grad_shift, norm, correction):
+    if norm is None:
+        return grad_y.sum((0, 2, 3))
+    # the batch's mean takes away what the bias adds
+    return torch.zeros_like(grad_shift) if norm.training else grad_shift * correction.a
+
+
+def _without_convolution(inputs, add, need_gate, backend):
+    """Gradients of the inputs where nothing came back through y."""
+    if add is None or not inputs.join:
+        return add, *[None] * 6
+    return inputs.grads(add, None, need_gate, backend)
+
+
+def _on_cpu(
+    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend
+):  # fmt: skip
+    """(gradients of the seven inputs, gradient of the weight) on PyTorch's convolutions."""
+    if correction is not None:
+        grad_y = pending.corrected(grad_y, *correction, backend)
+    _, stride, padding, dilation, groups = geometry
+    z = inputs.again(backend)
+    dz, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad_y, z, weight, None, stride, padding, dilation, False, [0, 0], groups, [need_image, need_weight, False]
+    )
+    del z, grad_y
+    if not need_image:
+        return (None,) * 7, grad_weight
+    if inputs.is_plain:
+        return (dz if add is None else dz.add_(add), *[None] * 6), grad_weight
+    return inputs.grads(dz, add, need_gate, backend), grad_weight
+
+
+def _on_gpu(
+    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend
+):  # fmt: skip
+    """The same on our convolutions: what they can do on load and on store costs no pass of its own."""
+    size, channels_last = image
+    among = conv2d.among_vendors(backend, grad_y)
+    loads = inputs.scale is not None and inputs.gate is None and not inputs.join
+    loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled) if loads else None
+    z = inputs.x if loads else inputs.again(backend)
+    grads = (None,) * 7
+    if need_image:
+        dgrad = lambda **fused: conv2d.conv2d_backward_input(
+            grad_y, weight, None, size, *geometry[1:], channels_last, "conv", among, correction=correction, **fused
+        )
+        if inputs.is_plain:
+            grads = dgrad(add=add), *[None] * 6
+        elif loads:
+            grads = *dgrad(pending=loaded, input=inputs.x, add=add), *[None] * 4
+        elif inputs.join and inputs.scale is not None and inputs.activation == "none" and inputs.gate is None:
+            output = inputs.z if inputs.out == "relu" else None
+            dm, *sums = dgrad(join=Join(output, inputs.x), add=add)
+            right_sums = None if inputs.right_scale is None else pending.sums(dm, inputs.right, backend)
+            grads = dm, *sums, None, dm, *_pair(right_sums)
+        else:
+            grads = inputs.grads(dgrad(), add, need_gate, backend)
+    grad_weight = None
+    if need_weight:
+        grad_weight = conv2d.conv2d_backward_weight(
+            grad_y, z, weight, *geometry[1:], "conv", among, correction=correction, pending=loaded
+        )
+    return grads, grad_weight
