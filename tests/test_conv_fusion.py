@@ -15,7 +15,7 @@ from conftest import INTERPRET
 from fastcnn.ops import conv2d as conv2d_ops
 from fastcnn.ops import conv2d_gather, conv2d_images, conv_launch
 from fastcnn.ops.activation import activation_reference
-from fastcnn.ops.conv_fusion import Correction, Pending
+from fastcnn.ops.conv_fusion import Correction, Join, Pending
 from fastcnn.ops.conv_launch import Launch
 from fastcnn.testing import assert_close_to_truth
 
@@ -103,6 +103,7 @@ class Layer:
         self.grad_output, self.residual, self.add = self.image(*shape), self.image(*shape), self.image(*x)
         self.pivot = self.vector(w[0])
         self.correction = Correction(self.image(*shape), *(self.vector(w[0]) for _ in range(3)))
+        self.join = Join(self.image(*x), self.image(*x))
 
     def image(self, *shape):
         return torch.randn(shape, device=self.device).to(self.dtype).contiguous(memory_format=torch.channels_last)
@@ -110,8 +111,8 @@ class Layer:
     def vector(self, size):
         return torch.randn(size, device=self.device, dtype=fp64 if self.dtype == fp64 else fp32)
 
-    def pending(self, activation):
-        return Pending(self.vector(self.x.shape[1]), self.vector(self.x.shape[1]) + 0.5, activation, SLOPE)
+    def pending(self, activation, scaled=True):
+        return Pending(self.vector(self.x.shape[1]), self.vector(self.x.shape[1]) + 0.5, activation, SLOPE, scaled)
 
     def conv(self, x, w, bias=None):
         return F.conv2d(x, w, bias, *self.geometry)
@@ -149,8 +150,8 @@ class Layer:
         y = y if residual is None else y + to(residual)
         return y if activation is None else activation_reference(y, *activation)
 
-    def gradients_reference(self, exact, correction=None, pending=None, add=None):
-        """Gradients of input and weight and, with pending, of its scale and shift."""
+    def gradients_reference(self, exact, correction=None, pending=None, join=None, add=None):
+        """Gradients of input and weight and, with pending, of its scale and shift; with a join, of that."""
         grad = self.operand(self.grad_output, correction and correction.reference, exact)
         z = self.operand(self.x, pending and pending.reference, exact).requires_grad_()
         w = (self.w.double() if exact else self.w).detach().requires_grad_()
@@ -160,9 +161,14 @@ class Layer:
             wide = fp64 if exact else fp32
             inputs = [t.detach().to(wide).requires_grad_() for t in (self.x, *pending[:2])]
             u = Pending(*inputs[1:], *pending[2:]).reference(inputs[0])
-            dz, *vectors = torch.autograd.grad(u, inputs, dz.to(wide))
+            dx, *vectors = torch.autograd.grad(u, inputs, dz.to(wide))
+            dz = dx if pending.scaled else dx / inputs[1].detach().view(1, -1, 1, 1)
+        if join:
+            dz = dz.to(fp64 if exact else fp32)
         if add is not None:
             dz = dz + add.to(dz.dtype)
+        if join:
+            dz, *vectors = join.reference(dz)
         return (dz if exact else dz.to(self.dtype)), dw, *vectors
 
 
@@ -175,10 +181,12 @@ def assert_sums(sums, y, pivot):
     assert ((sums.double() - expected).abs() <= 4e-6 * size).all()
 
 
-def check_forward(layer, **options):
+def check_forward(layer, given=None, **options):
+    given = given or {}
     pivot = options.pop("pivot", None)
-    result = layer.forward(**options, pivot=pivot)
+    result = layer.forward(**options, pivot=pivot, **given)
     y, sums = (result, None) if pivot is None else result
+    assert y is given.get("out", y)
     yardstick, truth = (layer.forward_reference(exact, **options) for exact in (False, True))
     assert_close_to_truth("y", y, yardstick, truth, layer.dtype)
     if pivot is not None:
@@ -226,15 +234,16 @@ def test_forward_takes_a_residual_of_any_strides(lane, family, kind, residual):
     check_forward(layer, residual=other, activation=("relu", 0.0))
 
 
-def check_backward_input(layer, **options):
+def check_backward_input(layer, given=None, **options):
+    given = given or {}
     raw = dict(input=layer.x) if "pending" in options else {}
-    result = layer.backward_input(**options, **raw)
     yardstick, truth = (layer.gradients_reference(exact, **options) for exact in (False, True))
-    grad, *vectors = result if raw else (result,)
+    result = layer.backward_input(**options | raw | given)
+    grad, *vectors = result if isinstance(result, tuple) else (result,)
     assert_close_to_truth("grad_input", grad, yardstick[0], truth[0], layer.dtype)
     assert len(vectors) == len(truth[2:])
     for name, *three in zip(("grad_scale", "grad_shift"), vectors, yardstick[2:], truth[2:], strict=False):
-        assert three[0].dtype == options["pending"].scale.dtype
+        assert three[0].dtype == layer.pivot.dtype
         # sums of fp32 terms
         assert_close_to_truth(name, *three, fp32)
 
@@ -256,7 +265,96 @@ def test_backward_input_options(lane, family, kind, options):
 @over("backward_input")
 def test_backward_input_with_everything(lane, family, kind):
     layer = Layer(family, kind, lane.device)
-    check_backward_input(layer, correction=layer.correction, add=layer.add, pending=layer.pending("silu"))
+    options = dict(correction=layer.correction, add=layer.add)
+    check_backward_input(layer, **options, pending=layer.pending("silu"))
+    # the gradient before the scale; what is added is the same
+    check_backward_input(layer, **options, pending=layer.pending("silu", scaled=False))
+    check_backward_input(layer, **options, join=layer.join)
+
+
+@over("backward_input")
+def test_backward_input_of_a_join(lane, family, kind):
+    layer = Layer(family, kind, lane.device)
+    check_backward_input(layer, join=layer.join)
+    check_backward_input(layer, join=layer.join._replace(output=None))
+    # as in torch, a relu's zero stops even NaN, and its NaN stops nothing
+    layer.join.output[:, 0] = torch.nan
+    layer.grad_output[1] = torch.nan
+    grad, _, _ = layer.backward_input(join=layer.join)
+    blocked = layer.join.output <= 0
+    assert (grad[blocked] == 0).all()
+    reached = layer.gradients_reference(True)[0].isnan() & ~blocked
+    assert torch.equal(grad.isnan(), reached) and reached[1, 0].any()
+
+
+# slices of the channels of wider images
+
+
+def wider(image, before, behind):
+    """The same image as a slice of one with further channels, and that one."""
+    n, c, h, w = image.shape
+    whole = torch.full((n, h, w, before + c + behind), 7.0, dtype=image.dtype, device=image.device).permute(0, 3, 1, 2)
+    part = whole[:, before : before + c]
+    part.copy_(image)
+    return part, whole
+
+
+def assert_untouched(whole, part, before):
+    outside = torch.ones_like(whole, dtype=torch.bool)
+    outside[:, before : before + part.shape[1]] = False
+    assert (whole[outside] == 7.0).all()
+
+
+@over("forward", "backward_input", "backward_weight", only=WITH_PENDING)
+def test_slices_of_wider_images(lane, family, kind):
+    layer = Layer(family, kind, lane.device)
+    before, behind = (16, 24) if layer.launch.family == "images" else (3, 4)
+    layer.x, _ = wider(layer.x, before, behind)
+    layer.grad_output, _ = wider(layer.grad_output, before, behind)
+    layer.correction = layer.correction._replace(y=wider(layer.correction.y, before, behind)[0])
+    if kind == "backward_weight":
+        options = dict(correction=layer.correction, pending=layer.pending("silu"))
+        grad = layer.backward_weight(**options)
+        yardstick, truth = (layer.gradients_reference(exact, **options)[1] for exact in (False, True))
+        assert_close_to_truth("grad_weight", grad, yardstick, truth, layer.dtype)
+    elif kind == "forward":
+        out, whole = wider(layer.residual, before, behind)
+        residual = layer.residual.clone()
+        check_forward(layer, dict(out=out), pending=layer.pending("silu"), residual=residual, pivot=layer.pivot)
+        assert_untouched(whole, out, before)
+    else:
+        for option in (dict(pending=layer.pending("relu")), dict(join=layer.join), {}):
+            # what is there is added to
+            there, whole = wider(layer.add, before, behind)
+            layer.add = there.clone()
+            given = dict(out=there, add=there)
+            check_backward_input(layer, given, correction=layer.correction, add=layer.add, **option)
+            assert_untouched(whole, there, before)
+
+
+def test_slices_choose_the_family_images(lane):
+    x, _ = wider(torch.randn(2, 16, 3, 3, dtype=bf16, device=lane.device), 8, 8)
+    w = torch.randn(24, 16, 1, 1, dtype=bf16, device=lane.device)
+    geometry = (1, 1), (0, 0), (1, 1), 1
+    y, _ = wider(torch.randn(2, 24, 3, 3, dtype=bf16, device=lane.device), 8, 8)
+    assert conv2d_ops.problem_of("forward", x, w, y, geometry, "ieee").access == "packed"
+    odd, _ = wider(x, 8, 4)
+    assert conv2d_ops.problem_of("forward", odd, w, y, geometry, "ieee").copied
+
+
+@pytest.mark.parametrize("wrong", ("shape", "dtype"))
+def test_out_must_fit(lane, wrong):
+    layer = Layer("gather", "forward", lane.device)
+    n, k, p, q = layer.residual.shape
+    out = layer.x.new_empty((n, k, p, q + 1)) if wrong == "shape" else layer.residual.double()
+    with pytest.raises(ValueError if wrong == "shape" else TypeError, match="out must have"):
+        layer.forward(out=out)
+
+
+def test_a_join_and_a_pending_activation_exclude_each_other(lane):
+    layer = Layer("gather", "backward_input", lane.device)
+    with pytest.raises(ValueError, match="join must be None"):
+        layer.backward_input(join=layer.join, pending=layer.pending("relu"), input=layer.x)
 
 
 @over("backward_input")

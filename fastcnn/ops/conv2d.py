@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op, current_backend, is_strict
 from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_stem, conv2d_vendor, conv_launch
+from fastcnn.ops.conv_fusion import Join, Pending
+from fastcnn.ops.conv_sums import accumulator_dtype
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -68,13 +70,30 @@ def _empty_grad_weight(weight):
     return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
-def _is_packed(tensor, rows=False):
-    """Whether the tensor is NHWC without gaps and every pixel starts on 16 bytes; with `rows`, only every row does."""
-    n, c, h, w = tensor.shape
-    expected = (h * w * c, 1, w * c, c)
-    in_order = all(size == 1 or a == b for size, a, b in zip(tensor.shape, tensor.stride(), expected, strict=True))
-    unit = (w * c if rows else c) * tensor.element_size()
-    return in_order and unit % 16 == 0 and tensor.data_ptr() % 16 == 0
+def _output(out, like, channels, size, channels_last):
+    """Where a result goes: out, or a new image."""
+    if out is None:
+        return _empty_image(like, channels, size, channels_last)
+    common.check_tensor("out", out)
+    common.check_alike("out", out, "the convolution's tensors", like)
+    shape = (like.shape[0], channels, *size)
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out must have the shape of the result, {shape}, got {tuple(out.shape)}")
+    return out
+
+
+def _is_packed(tensor, gaps=True):
+    """Whether the tensor is NHWC and every pixel starts on 16 bytes; gaps: also a slice of a wider one's channels."""
+    pitch, c, size = conv2d_images.pixel_pitch(tensor), tensor.shape[1], tensor.element_size()
+    in_units = pitch is not None and c * size % 16 == 0 and pitch * size % 16 == 0
+    return in_units and (gaps or pitch == c) and tensor.data_ptr() % 16 == 0
+
+
+def _has_packed_rows(tensor):
+    """Whether the tensor is NHWC without gaps and every row starts on 16 bytes."""
+    _, c, _, w = tensor.shape
+    dense = conv2d_images.pixel_pitch(tensor) == c
+    return dense and w * c * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def precision_of(tensor, tf32_switch):
@@ -91,9 +110,9 @@ def _access(kind, image, weight, output, groups, others):
     unit = 16 // image.element_size()
     # the gradient of the weight is written in any strides; filters of shorter pixels are only read expanded or singly
     filters = [] if kind == "backward_weight" or (groups > 1 and weight.shape[1] % unit) else [weight]
-    if all(map(_is_packed, [image, *outputs, *filters])):
+    if all(map(_is_packed, [image, *outputs])) and all(_is_packed(weight, gaps=False) for weight in filters):
         return "packed"
-    if kind != "backward_input" and all(map(_is_packed, outputs)) and _is_packed(image, rows=True):
+    if kind != "backward_input" and all(_is_packed(t, gaps=False) for t in outputs) and _has_packed_rows(image):
         return "image"
     # both tensors that are read
     read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
@@ -141,14 +160,26 @@ def _family(launch):
     return {"images": conv2d_images, "stem": conv2d_stem}.get(launch.family, conv2d_gather)
 
 
-def _chosen(problem, run, backend, image, *options):
+def _chosen(problem, run, backend, image, **options):
     """run(launch) with the launch that conv_launch chooses; cuDNN stands for election in backend "auto" only.
 
-    options: whether each of what compiles into the kernel is on.
+    options: what compiles into the kernel where it is not None, a pending activation and a join with their own options.
     """
     allowed = backend == "auto" and conv2d_vendor.can(problem)
-    variant = (image.dtype, *(option is not None for option in options))
-    return run(conv_launch.choose(problem, image.device, run, allowed, variant))
+    variant = [image.dtype]
+    for option in options.values():
+        if isinstance(option, Pending):
+            variant.append(option[2:])
+        else:
+            variant.append(option.activation if isinstance(option, Join) else option is not None)
+    return run(conv_launch.choose(problem, image.device, run, allowed, tuple(variant)))
+
+
+def _kept(result, target, out):
+    """The result in target's memory if `out` was asked for, else in its strides."""
+    if result is target:
+        return target
+    return common.with_strides_of(result, target) if out is None else target.copy_(result)
 
 
 def conv2d_forward(
@@ -168,6 +199,7 @@ def conv2d_forward(
     activation=None,
     residual=None,
     pivot=None,
+    out=None,
 ):
     """y [N, K, *size]; padding is (top, left). Also the gradient of the input of conv_transpose2d.
 
@@ -176,8 +208,12 @@ def conv2d_forward(
         activation: (name, slope) of the activation of y, or None.
         residual: added before the activation, shaped as y, or None.
         pivot: [K]; with it, returns (y, sums [2, K]): of y - pivot and of its square over everything but the channels.
+        out: where y is written, a slice of wider images' channels for example, or None; it is what is returned.
+
+    Raises:
+        TypeError, ValueError: out is not of y's shape, dtype and device.
     """
-    y = _empty_image(input, weight.shape[0], size, channels_last)
+    y = _output(out, input, weight.shape[0], size, channels_last)
     if y.numel() == 0:
         return y if pivot is None else (y, torch.zeros((2, y.shape[1]), dtype=pivot.dtype, device=y.device))
     geometry = stride, padding, dilation, groups
@@ -190,16 +226,17 @@ def conv2d_forward(
 
     def run(launch):
         if launch.family == "cudnn":
-            return common.with_strides_of(conv2d_vendor.forward(input, weight, bias, *geometry, tf32_switch), y), None
+            return _kept(conv2d_vendor.forward(input, weight, bias, *geometry, tf32_switch), y, out), None
         x, filters, added = _ordered(problem.copied, input, weight, residual)
-        out = torch.empty_like(y, memory_format=torch.channels_last) if problem.copied else y
+        written = torch.empty_like(y, memory_format=torch.channels_last) if problem.copied else y
         filters = filters if launch.pack == 1 else conv2d_gather.expand_groups(filters, groups, launch.pack)
         fusion = dict(pending=pending, activation=activation, residual=added, pivot=pivot)
         how = (stride, padding, dilation, groups // launch.pack, precision, launch)
-        sums = _family(launch).forward(x, filters, bias, out, *how, **fusion)
-        return common.with_strides_of(out, y), sums
+        sums = _family(launch).forward(x, filters, bias, written, *how, **fusion)
+        return _kept(written, y, out), sums
 
-    y, sums = _chosen(problem, run, backend, input, bias, pending, activation, residual, pivot)
+    options = dict(bias=bias, pending=pending, activation=activation, residual=residual, pivot=pivot)
+    y, sums = _chosen(problem, run, backend, input, **options)
     return y if pivot is None else (y, sums)
 
 
@@ -219,7 +256,9 @@ def conv2d_backward_input(
     correction=None,
     pending=None,
     input=None,
+    join=None,
     add=None,
+    out=None,
 ):
     """Gradient of the input [N, C, *size]. With a bias [C] it is the forward of conv_transpose2d.
 
@@ -227,34 +266,49 @@ def conv2d_backward_input(
         correction: conv_fusion.Correction, applied to grad_output as it is loaded, or None.
         pending: the conv_fusion.Pending through which the convolution read its input, or None; with it, input is the
             raw tensor, and the result is (grad_input, grad_scale [C], grad_shift [C]).
-        add: a gradient that is added, shaped as the result, or None.
+        join: the conv_fusion.Join whose output is the convolution's input, or None; with it, the result is (dm, sum of
+            dm * left [C], sum of dm [C]), where dz is the gradient of the input and add. Not with pending.
+        add: a gradient that is added, shaped as the result, or None; the sums of pending are without it.
+        out: where the result is written, or None; it is what is returned. It may be add: then that is accumulated.
+
+    Raises:
+        TypeError, ValueError: out is not of the result's shape, dtype and device; join and pending are both given.
     """
-    grad_input = _empty_image(grad_output, weight.shape[1] * groups, size, channels_last)
+    if pending is not None and join is not None:
+        raise ValueError("join must be None where pending is given: a convolution's input is one of them")
+    grad_input = _output(out, grad_output, weight.shape[1] * groups, size, channels_last)
+    summed = pending is not None or join is not None
     if grad_input.numel() == 0:
-        return grad_input if pending is None else (grad_input, *torch.zeros_like(torch.stack(pending[:2])))
+        dtype = accumulator_dtype(grad_input.dtype)
+        zeros = torch.zeros((2, grad_input.shape[1]), dtype=dtype, device=grad_input.device)
+        return (grad_input, *zeros) if summed else grad_input
     geometry = stride, padding, dilation, groups
     precision = precision_of(grad_output, tf32_switch)
     if correction is not None:
-        grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
-        correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
-    raw, add = (None if t is None else common.with_strides_of(t, grad_input) for t in (input, add))
-    others = (correction and correction.y, raw, add)
+        grad_output, correction = correction.beside(grad_output)
+    raw, joined, add = (
+        None if t is None else common.with_strides_of(t, grad_input)
+        for t in (join.left if join else input if pending else None, join and join.output, add)
+    )
+    others = (correction and correction.y, raw, joined, add)
     problem = problem_of("backward_input", grad_input, weight, grad_output, geometry, precision, others)
 
     def run(launch):
         if launch.family == "cudnn":
             result = conv2d_vendor.backward_input(grad_output, weight, bias, size, *geometry, tf32_switch)
-            return common.with_strides_of(result, grad_input), None
-        dy, filters, x, added = _ordered(problem.copied, grad_output, weight, raw, add)
-        out = torch.empty_like(grad_input, memory_format=torch.channels_last) if problem.copied else grad_input
+            return _kept(result, grad_input, out), None
+        dy, filters, x, z, added = _ordered(problem.copied, grad_output, weight, raw, joined, add)
+        written = torch.empty_like(grad_input, memory_format=torch.channels_last) if problem.copied else grad_input
         filters = filters if launch.pack == 1 else conv2d_gather.expand_groups(filters, groups, launch.pack)
         fusion = dict(correction=_ordered_correction(problem.copied, correction), pending=pending, input=x, add=added)
+        fusion["join"] = join and Join(z, x)
         how = (stride, padding, dilation, groups // launch.pack, precision, launch)
-        sums = _family(launch).backward_input(dy, filters, bias, out, *how, **fusion)
-        return common.with_strides_of(out, grad_input), sums
+        sums = _family(launch).backward_input(dy, filters, bias, written, *how, **fusion)
+        return _kept(written, grad_input, out), sums
 
-    grad_input, sums = _chosen(problem, run, backend, grad_output, bias, correction, pending, add)
-    return grad_input if pending is None else (grad_input, *sums)
+    options = dict(bias=bias, correction=correction, pending=pending, join=join, add=add)
+    grad_input, sums = _chosen(problem, run, backend, grad_output, **options)
+    return (grad_input, *sums) if summed else grad_input
 
 
 def conv2d_backward_weight(
@@ -281,8 +335,7 @@ def conv2d_backward_weight(
     geometry = stride, padding, dilation, groups
     precision = precision_of(input, tf32_switch)
     if correction is not None:
-        grad_output = grad_output if common.is_dense(grad_output) else grad_output.contiguous()
-        correction = correction._replace(y=common.with_strides_of(correction.y, grad_output))
+        grad_output, correction = correction.beside(grad_output)
     others = (correction and correction.y,)
     problem = problem_of("backward_weight", input, weight, grad_output, geometry, precision, others, pending)
 
@@ -302,7 +355,7 @@ def conv2d_backward_weight(
         conv2d_gather.contract_groups(packed, grad_weight, groups, launch.pack)
         return grad_weight
 
-    return _chosen(problem, run, backend, input, correction, pending)
+    return _chosen(problem, run, backend, input, correction=correction, pending=pending)
 
 
 def conv2d_backward_bias(grad_output, backend):

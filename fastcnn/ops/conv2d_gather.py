@@ -116,14 +116,8 @@ def _corrected_arguments(grad_output, correction):
     """grad_output and (y, a, b, c), where y has the strides of grad_output."""
     if correction is None:
         return grad_output, (None,) * 4
-    y = correction.y
-    if y.stride() != grad_output.stride():
-        if common.is_dense(grad_output):
-            y = common.with_strides_of(y, grad_output)
-        else:
-            y = y.contiguous()
-            grad_output = common.with_strides_of(grad_output, y)
-    return grad_output, (y, *(t.contiguous() for t in correction[1:]))
+    grad_output, correction = correction.beside(grad_output)
+    return grad_output, (correction.y, *(t.contiguous() for t in correction[1:]))
 
 
 def forward(
@@ -174,15 +168,17 @@ def forward(
 
 def backward_input(
     grad_output, weight, bias, grad_input, stride, padding, dilation, groups, precision, launch, *,
-    correction=None, pending=None, input=None, add=None,
+    correction=None, pending=None, input=None, join=None, add=None,
 ):  # fmt: skip
     """The gradient of conv's input for corrected(grad_output), written to grad_input: dz = conv_transpose + bias.
 
     Without pending grad_input = dz + add. With pending, and its input, du = dz * act'(input * scale + shift) and
-    grad_input = du * scale + add. bias is for the forward of conv_transpose2d. add may be grad_input itself.
+    grad_input = du * scale + add, or du + add. With a join dm of dz + add: see there. bias is for the forward of
+    conv_transpose2d. add may be grad_input itself.
 
     Returns:
-        With pending (grad_scale, grad_shift) [C] in fp32 (fp64 for fp64), the sums of du * input and of du. Else None.
+        With pending (grad_scale, grad_shift) [C] in fp32 (fp64 for fp64), the sums of du * input and of du; with a join
+        those of dm * left and of dm. Else None.
     """
     from fastcnn.kernels.triton.conv2d import conv2d_backward_input_kernel
 
@@ -193,19 +189,22 @@ def backward_input(
     classes = stride[0] * stride[1]
     tiles_m = -(-pixels // launch.block_m)
     sums = None
-    if pending is not None:
+    if pending is not None or join is not None:
         dtype = accumulator_dtype(grad_input.dtype)
         sums = torch.empty((classes * tiles_m, 2, c * groups), dtype=dtype, device=grad_input.device)
     vectors, options = _pending_arguments(pending)
+    raw = join.left if join else input if pending else None
     grad_output, correction = _corrected_arguments(grad_output, correction)
     with common.device_guard(grad_output):
         conv2d_backward_input_kernel[(tiles_m * -(-c // launch.block_n) * groups * classes,)](
             *(grad_output, weight, None if bias is None else bias.contiguous(), grad_input, *correction),
-            *(None if pending is None else common.with_strides_of(input, grad_input), *vectors, sums),
-            *(None if add is None else common.with_strides_of(add, grad_input),),
+            *(None if t is None else common.with_strides_of(t, grad_input) for t in (raw, join and join.output)),
+            *(*vectors, sums, None if add is None else common.with_strides_of(add, grad_input)),
             *(pixels, h, w, p, q, c, k, r, s, groups),
             *(*kernel_strides(grad_output), *kernel_strides(weight), *kernel_strides(grad_input)),
             *(*stride, *padding, *dilation, *map(math.gcd, stride, dilation)),
+            SCALED=pending is not None and pending.scaled,
+            JOIN=join and join.activation,
             VECTOR=_vector(c, k, grad_output, weight, grad_input),
             PRECISION=precision,
             INT64=needs_int64(pixels, grad_output, weight, grad_input),

@@ -1,6 +1,7 @@
 """Host side of the family "images": tiles of one pixel of many images, copied by the tensor memory accelerator.
 
-Takes packed tensors (NHWC without gaps, rows of 16 bytes) only. See kernels/triton/conv2d_images.py for the idea.
+Takes packed tensors only: NHWC, pixels of 16 bytes; images may be slices of wider ones. See
+kernels/triton/conv2d_images.py for the idea.
 """
 
 import functools
@@ -63,12 +64,29 @@ def _rows(tensor, one_pixel):
     return (n * h * w, 1, c) if one_pixel else (n, h * w, c)
 
 
+def pixel_pitch(tensor):
+    """Elements from one pixel to the next of NHWC images, more than channels in a slice of channels; None of others."""
+    n, c, h, w = tensor.shape
+    strides = tensor.stride()
+    pitch = strides[3] if w > 1 else strides[2] if h > 1 else strides[0] if n > 1 else c
+    expected = (h * w * pitch, 1, w * pitch, pitch)
+    even = all(size == 1 or a == b for size, a, b in zip(tensor.shape, strides, expected, strict=True))
+    return pitch if even and pitch >= c else None
+
+
+def _gapped_pitch(tensor, one_pixel):
+    """pixel_pitch where the kernels do not know it from the channels."""
+    pitch = pixel_pitch(tensor)
+    return None if one_pixel or pitch == tensor.shape[1] else pitch
+
+
 def _flat(tensor, block, one_pixel):
-    """Descriptor of [images, pixels * channels]."""
+    """Descriptor of [images, pixels * pitch]."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     images, pixels, channels = _rows(tensor, one_pixel)
-    return TensorDescriptor(tensor, [images, pixels * channels], [pixels * channels, 1], block)
+    pitch = pixel_pitch(tensor)
+    return TensorDescriptor(tensor, [images, (pixels - 1) * pitch + channels], [pixels * pitch, 1], block)
 
 
 def _image(tensor, block, one_pixel):
@@ -76,9 +94,8 @@ def _image(tensor, block, one_pixel):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     images, pixels, channels = _rows(tensor, one_pixel)
-    return TensorDescriptor(
-        tensor, [images, pixels, channels], [pixels * channels, channels, 1], [block[0], 1, block[1]]
-    )
+    pitch = pixel_pitch(tensor)
+    return TensorDescriptor(tensor, [images, pixels, channels], [pixels * pitch, pitch, 1], [block[0], 1, block[1]])
 
 
 def _weight(tensor, block):
@@ -128,12 +145,14 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
         table = _captured(table)
     c, k = x.shape[1] // groups, channels // groups
     reads, writes = [launch.block_m, launch.block_k], [launch.block_m, launch.block_n]
-    bias, activation, pending, correction, add, raw, pivot = fusion
+    bias, activation, pending, correction, add, raw, join, pivot = fusion
     rows = -(-images // launch.block_m) * pixels
     sums = None
-    if pivot is not None or (backward and pending is not None):
+    if pivot is not None or (backward and (pending is not None or join is not None)):
         sums = torch.empty((rows, 2, channels), dtype=torch.float32, device=y.device)
-    vectors = [bias, *(pending[:2] if pending else (None,) * 2), *(correction[1:] if correction else (None,) * 3), pivot]
+    vectors = [bias, *(pending[:2] if pending else (None,) * 2)]
+    vectors += [*(correction[1:] if correction else (None,) * 3), pivot]
+    output = join and join.output
     with common.device_guard(y):
         conv2d_images_kernel[(min(rows * -(-k // launch.block_n) * groups, launch.programs),)](
             _flat(x, reads, one_pixel),
@@ -141,11 +160,10 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
             _image(y, writes, one_pixel),
             table,
             _flat(correction.y, reads, one_pixel) if correction else None,
-            None if raw is None else _image(raw, writes, one_pixel),
-            None if add is None else _image(add, writes, one_pixel),
+            *(None if t is None else _image(t, writes, one_pixel) for t in (raw, output, add)),
             *(None if vector is None else vector.contiguous() for vector in vectors),
             sums,
-            *(images, pixels, c, k, groups, *steps),
+            *(images, pixels, c, k, groups, *steps, _gapped_pitch(x, one_pixel)),
             BACKWARD=backward,
             ONE_PIXEL=one_pixel,
             PRECISION=precision,
@@ -156,6 +174,8 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
             CORRECTED=correction is not None,
             PENDING=pending.activation if pending else None,
             PENDING_SLOPE=pending.slope if pending else 0.0,
+            SCALED=backward and pending is not None and pending.scaled,
+            JOIN=join and join.activation,
             SUMS=pivot is not None,
             **_blocks(launch),
         )
@@ -181,7 +201,7 @@ def forward(
 ):
     """y = act(conv(pending(input)) + bias + residual); returns the sums [2, K] about a pivot, or None."""
     geometry = stride, padding, dilation, groups
-    fusion = bias, activation, pending, None, residual, None, pivot
+    fusion = bias, activation, pending, None, residual, None, None, pivot
     return _run_pixels(input, weight, y, geometry, precision, launch, False, fusion)
 
 
@@ -200,11 +220,13 @@ def backward_input(
     correction=None,
     pending=None,
     input=None,
+    join=None,
     add=None,
 ):
-    """Gradient of the input, or with a bias the transposed convolution; returns (grad_scale, grad_shift) or None."""
+    """Gradient of the input, or with a bias the transposed convolution; returns a pending's or join's sums or None."""
     geometry = stride, padding, dilation, groups
-    fusion = bias, None, pending, correction, add, input if pending else None, None
+    raw = join.left if join else input if pending else None
+    fusion = bias, None, pending, correction, add, raw, join, None
     return _run_pixels(grad_output, weight, grad_input, geometry, precision, launch, True, fusion)
 
 
@@ -246,7 +268,7 @@ def backward_weight(
             *(correction[1:] if correction else (None, None, None)),
             *(_rows(input, one_pixel)[0], h, w, p, q, c, k, r, s, groups, splits, grad_weight.numel()),
             *grad_weight.stride(),
-            *(*stride, *padding, *dilation),
+            *(*stride, *padding, *dilation, _gapped_pitch(input, one_pixel), _gapped_pitch(grad_output, one_pixel)),
             PRECISION=precision,
             CORRECTED=correction is not None,
             PENDING=pending.activation if pending else None,

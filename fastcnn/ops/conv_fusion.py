@@ -8,19 +8,22 @@ from typing import NamedTuple
 
 import torch
 
+from fastcnn.ops import common
 from fastcnn.ops.activation import activation_reference
 
 
 class Pending(NamedTuple):
-    """z = act(x * scale + shift) per channel, applied while x is loaded; padding is zero after it.
+    """z = act(u), u = x * scale + shift per channel, applied while x is loaded; padding is zero after it.
 
-    scale, shift [C]: fp32 (fp64 with fp64 tensors). activation: "none", or a name of fastcnn.ops.activation.
+    scale, shift [C]: fp32 (fp64 with fp64 tensors). activation: "none", or a name of fastcnn.ops.activation. scaled:
+    whether the gradient of x is stored, else that of u: then whoever made x multiplies by the scale (Correction.a).
     """
 
     scale: torch.Tensor
     shift: torch.Tensor
     activation: str = "none"
     slope: float = 0.0
+    scaled: bool = True
 
     def reference(self, x):
         """The same in plain PyTorch, in the dtype of x."""
@@ -41,7 +44,39 @@ class Correction(NamedTuple):
     b: torch.Tensor
     c: torch.Tensor
 
+    def beside(self, grad_output):
+        """(grad_output, this correction) with the strides of one for both, which kernels read at the same places."""
+        if self.y.stride() == grad_output.stride():
+            return grad_output, self
+        if common.is_dense(grad_output):
+            return grad_output, self._replace(y=common.with_strides_of(self.y, grad_output))
+        y = self.y if common.is_dense(self.y) else self.y.contiguous()
+        return common.with_strides_of(grad_output, y), self._replace(y=y)
+
     def reference(self, grad_output):
         """The same in plain PyTorch, in the dtype of grad_output."""
         a, b, c = (t.to(grad_output.dtype).view(1, -1, 1, 1) for t in self[1:])
         return grad_output * a + (b * self.y.to(grad_output.dtype) + c)
+
+
+class Join(NamedTuple):
+    """output = act(left + right), a residual join, whose gradient dgrad stores in place of its own: it is both sides'.
+
+    dm = dz, or where output was a relu's dz wherever output > 0 (or NaN), and the sums of dm * left and of dm.
+    output: the relu's output, or None where the join has no activation. left: a raw tensor, of which the join took an
+    affine map per channel; both [N, C, H, W].
+    """
+
+    output: torch.Tensor | None
+    left: torch.Tensor
+
+    @property
+    def activation(self):
+        """What the kernels call it."""
+        return "none" if self.output is None else "relu"
+
+    def reference(self, grad):
+        """(dm, sum of dm * left, sum of dm) in plain PyTorch, in the dtype of grad."""
+        if self.output is not None:
+            grad = torch.where(self.output <= 0, 0.0, grad)
+        return grad, (grad * self.left.to(grad.dtype)).sum((0, 2, 3)), grad.sum((0, 2, 3))

@@ -33,8 +33,8 @@ class Problem:
     dilation: tuple
     groups: int
     arithmetic: str  # of ARITHMETICS
-    # "packed": NHWC without gaps, pixels of 16 bytes; "image": the same but for the input, which has rows of 16 bytes;
-    # "wide": 16 bytes at a time; "narrow"
+    # "packed": NHWC, pixels of 16 bytes, perhaps slices of wider images; "image": without gaps, the input with rows of
+    # 16 bytes; "wide": 16 bytes at a time; "narrow"
     access: str
     fused: bool = False  # something happens on load or on store
     pending: bool = False  # the input is read through a pending activation

@@ -14,7 +14,7 @@ Options (None where off): what conv_fusion.py does to blocks on load and on stor
 import triton
 import triton.language as tl
 
-from fastcnn.kernels.triton.activation import activate
+from fastcnn.kernels.triton.activation import activate, activate_backward
 from fastcnn.kernels.triton.common import accumulator
 from fastcnn.kernels.triton.conv_fusion import (
     corrected,
@@ -280,7 +280,8 @@ def conv2d_backward_input_kernel(
     a_ptr,
     b_ptr,
     c_ptr,
-    x_ptr,  # pending activation; x and the added tensor are laid out as dx
+    x_ptr,  # pending activation's x, or a join's left side; these and the added tensor are laid out as dx
+    output_ptr,  # of the join
     scale_ptr,
     shift_ptr,
     sums_ptr,  # [classes * tiles of M, 2, channels of all groups]
@@ -317,6 +318,8 @@ def conv2d_backward_input_kernel(
     gcd_w,
     PENDING: tl.constexpr,
     PENDING_SLOPE: tl.constexpr,
+    SCALED: tl.constexpr,  # PENDING: dx is du * scale, else du
+    JOIN: tl.constexpr,  # activation of the join, "none" or "relu"; None if off
     VECTOR: tl.constexpr,  # elements that loads may take at once, if the compiler does not see it by itself
     PRECISION: tl.constexpr,
     INT64: tl.constexpr,
@@ -410,30 +413,31 @@ def conv2d_backward_input_kernel(
     if bias_ptr is not None:
         acc += channel_vector(bias_ptr + g * C, c, C).to(ACC)[None, :]
     row = kind * tiles_m + tile_m
-    if PENDING is not None and BLOCK_N >= 64:
+    if (PENDING is not None or JOIN is not None) and BLOCK_N >= 64:
         left, right = halves(acc)
         c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
         if INT64:
             c = c.to(tl.int64)
         store_input_gradient(
-            left, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
-            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+            left, dx_ptr, x_ptr, output_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE, SCALED, JOIN,
         )  # fmt: skip
         store_input_gradient(
-            right, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
-            dx_rows, inside_x, c + BLOCK_N // 2, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+            right, dx_ptr, x_ptr, output_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c + BLOCK_N // 2, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE, SCALED, JOIN,
         )  # fmt: skip
     else:
         store_input_gradient(
-            acc, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
-            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE,
+            acc, dx_ptr, x_ptr, output_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+            dx_rows, inside_x, c, g, row, C, G, stride_xc, PENDING, PENDING_SLOPE, SCALED, JOIN,
         )  # fmt: skip
 
 
 @triton.jit
 def store_input_gradient(
-    acc, dx_ptr, x_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
-    rows, inside, c, g, tile, C, G, stride_xc, PENDING: tl.constexpr, PENDING_SLOPE: tl.constexpr,
+    acc, dx_ptr, x_ptr, output_ptr, scale_ptr, shift_ptr, sums_ptr, add_ptr,
+    rows, inside, c, g, tile, C, G, stride_xc,
+    PENDING: tl.constexpr, PENDING_SLOPE: tl.constexpr, SCALED: tl.constexpr, JOIN: tl.constexpr,
 ):  # fmt: skip
     """The options of conv2d_backward_input_kernel for the channels c of a tile, its sums and its store."""
     stored = inside[:, None] & (c < C)[None, :]
@@ -446,9 +450,19 @@ def store_input_gradient(
         du = tl.where(stored, pending_activation_backward(acc, x, scale, shift, PENDING_SLOPE, PENDING), 0.0)
         row = sums_ptr + tile.to(tl.int64) * (2 * G * C)
         store_sums(row, tl.sum(du * x, axis=0), tl.sum(du, axis=0), g * C + c, c < C, G * C)
-        acc = du * scale
+        acc = du
+        if SCALED:
+            acc = du * scale
     if add_ptr is not None:
         acc += accumulator(tl.load(add_ptr + offsets, mask=stored, other=0.0))
+    if JOIN is not None:
+        if JOIN != "none":
+            joined = accumulator(tl.load(output_ptr + offsets, mask=stored, other=0.0))
+            acc = activate_backward(acc, joined, 0.0, JOIN)
+        acc = tl.where(stored, acc, 0.0)
+        x = accumulator(tl.load(x_ptr + offsets, mask=stored, other=0.0))
+        row = sums_ptr + tile.to(tl.int64) * (2 * G * C)
+        store_sums(row, tl.sum(acc * x, axis=0), tl.sum(acc, axis=0), g * C + c, c < C, G * C)
     tl.store(dx_ptr + offsets, acc.to(dx_ptr.dtype.element_ty), mask=stored)
 
 

@@ -18,7 +18,7 @@ if what addresses the loads (tile, i, j, c) and what belongs to the store (done,
 import triton
 import triton.language as tl
 
-from fastcnn.kernels.triton.activation import activate
+from fastcnn.kernels.triton.activation import activate, activate_backward
 from fastcnn.kernels.triton.conv_fusion import (
     corrected,
     pending_activation,
@@ -61,7 +61,8 @@ def conv2d_images_kernel(
     y_desc,  # [N, output pixels, K of all groups]
     taps_ptr,  # [5, output pixels]: output pixel, input pixel, tap, rows of taps, taps per row; heaviest first
     corrected_desc,  # CORRECTED: as x_desc
-    raw_desc,  # PENDING of a gradient: as y_desc
+    raw_desc,  # PENDING of a gradient, or a join's left side: as y_desc
+    output_desc,  # of a JOIN: as y_desc
     add_desc,  # HAS_ADD: as y_desc
     bias_ptr,
     scale_ptr,
@@ -70,7 +71,7 @@ def conv2d_images_kernel(
     b_ptr,
     c_ptr,
     pivot_ptr,
-    sums_ptr,  # SUMS: [N blocks * output pixels, 2, K of all groups]
+    sums_ptr,  # SUMS, PENDING of a gradient or JOIN: [N blocks * output pixels, 2, K of all groups]
     N,
     pixels,  # of the output
     C,  # reduced: channels of a group of x
@@ -80,6 +81,7 @@ def conv2d_images_kernel(
     step_s,
     tap_r,  # the same in taps of the weight
     tap_s,
+    x_pitch,  # elements from a pixel of x to the next, where it is not C * G; else None
     BACKWARD: tl.constexpr,  # the weight is [reduced, taps, columns], else [columns, taps, reduced]
     ONE_PIXEL: tl.constexpr,  # a matrix product: one pixel, one tap, no table
     PRECISION: tl.constexpr,
@@ -90,6 +92,8 @@ def conv2d_images_kernel(
     CORRECTED: tl.constexpr,
     PENDING: tl.constexpr,  # activation of a pending x, applied on load (forward) or on store (backward); None if off
     PENDING_SLOPE: tl.constexpr,
+    SCALED: tl.constexpr,  # PENDING of a gradient: the result is du * scale, else du
+    JOIN: tl.constexpr,  # activation of a join whose gradient is stored, "none" or "relu"; None if off
     SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -101,6 +105,8 @@ def conv2d_images_kernel(
     tiles = columns * pixels * tl.cdiv(N, BLOCK_M)
     blocks = tl.cdiv(C, BLOCK_K)
     programs = tl.num_programs(0)
+    if x_pitch is None:
+        x_pitch = C * G
     if ONE_PIXEL:
         steps = tl.cdiv(tiles - tl.program_id(0), programs) * blocks
     else:
@@ -138,7 +144,7 @@ def conv2d_images_kernel(
             else:
                 image = tile // (columns * pixels) * BLOCK_M
                 x_pixel, tap, rows, per_row = pixel_taps(taps_ptr, tile // columns % pixels, pixels)
-        first_x = (x_pixel + i * step_r + j * step_s) * (C * G) + group * C + c
+        first_x = (x_pixel + i * step_r + j * step_s) * x_pitch + group * C + c
         this_tap = tap + i * tap_r + j * tap_s
         x = x_desc.load([image, first_x])  # [BLOCK_M, BLOCK_K]
         # what no tap reaches stays zero, where a transform could make Inf of it: the weight is zero there, too
@@ -189,9 +195,19 @@ def conv2d_images_kernel(
                 du = tl.where(valid, du, 0.0)
                 sums_row = sums_ptr + done // columns * (2 * K * G)
                 store_sums(sums_row, tl.sum(du * raw, axis=0), tl.sum(du, axis=0), k, inside, K * G)
-                out = du * scale
+                out = du
+                if SCALED:
+                    out = du * scale
             if HAS_ADD:
                 out += add_desc.load(at).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+            if JOIN is not None:
+                if JOIN != "none":
+                    joined = output_desc.load(at).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+                    out = activate_backward(out, joined, 0.0, JOIN)
+                out = tl.where(valid, out, 0.0)
+                left_side = raw_desc.load(at).reshape(BLOCK_M, BLOCK_N).to(tl.float32)
+                sums_row = sums_ptr + done // columns * (2 * K * G)
+                store_sums(sums_row, tl.sum(out * left_side, axis=0), tl.sum(out, axis=0), k, inside, K * G)
             if ACTIVATION != "none":
                 out = activate(out, SLOPE, ACTIVATION)
             y = out.to(y_desc.dtype)
@@ -252,6 +268,8 @@ def conv2d_images_backward_weight_kernel(
     pad_w,
     dil_h,
     dil_w,
+    x_pitch,  # elements from a pixel of x to the next, where it is not C * G; else None
+    y_pitch,
     PRECISION: tl.constexpr,
     CORRECTED: tl.constexpr,
     PENDING: tl.constexpr,
@@ -265,6 +283,10 @@ def conv2d_images_backward_weight_kernel(
     # come from registers, where a pending x is. dw is the gradient itself, or one slab per share for sum_slabs_kernel
     tiles_m = tl.cdiv(C, BLOCK_M)
     tiles_n = tl.cdiv(K, BLOCK_N)
+    if x_pitch is None:
+        x_pitch = C * G
+    if y_pitch is None:
+        y_pitch = K * G
     # the taps of one tile run side by side: they read the same dy and nearly the same x
     pid = tl.program_id(0)
     tap = pid % (R * S)
@@ -302,15 +324,15 @@ def conv2d_images_backward_weight_kernel(
     for _ in range(start, stop):
         x_pixel = (first_h + p * stride_h) * W + first_w + q * stride_w
         y_pixel = (first_p + p) * Q + first_q + q
-        x = x_desc.load([image, x_pixel * (C * G) + g * C + first_c])  # [BLOCK_K, BLOCK_M]
-        dy = dy_desc.load([image, y_pixel * (K * G) + g * K + first_k])  # [BLOCK_K, BLOCK_N]
+        x = x_desc.load([image, x_pixel * x_pitch + g * C + first_c])  # [BLOCK_K, BLOCK_M]
+        dy = dy_desc.load([image, y_pixel * y_pitch + g * K + first_k])  # [BLOCK_K, BLOCK_N]
         # rows past the batch are zero, where a transform could make Inf of them
         valid = ((image + tl.arange(0, BLOCK_K)) < N)[:, None]
         if PENDING is not None:
             z = pending_activation(x.to(tl.float32), scale, shift, PENDING_SLOPE, PENDING)
             x = tl.where(valid, z, 0.0).to(x.dtype)
         if CORRECTED:
-            other = corrected_desc.load([image, y_pixel * (K * G) + g * K + first_k]).to(tl.float32)
+            other = corrected_desc.load([image, y_pixel * y_pitch + g * K + first_k]).to(tl.float32)
             dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)
         acc = tl.dot(x.T, dy, acc, input_precision=PRECISION, out_dtype=tl.float32)
         q += 1

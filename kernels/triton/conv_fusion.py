@@ -1,8 +1,8 @@
 """What the convolution kernels do to a block on its way in or out: compile-time options, nothing where they are off.
 
-In: a pending activation z = act(x * scale + shift), per channel, and the correction dy * a + b * y + c, which is how the
-gradients of a batch's statistics join the gradient of y. Out: sums per channel, and the gradient of a pending
-activation. The formulas work on fp32 (fp64 for fp64).
+In: a pending activation z = act(x * scale + shift), per channel, and the correction dy * a + b * y + c, which is how
+the gradients of a batch's statistics reach that of y. Out: sums per channel, and the gradients of a pending activation
+and of a join. The formulas work on fp32 (fp64 for fp64).
 """
 
 import triton
@@ -23,7 +23,7 @@ def pending_activation(x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.cons
 
 @triton.jit
 def pending_activation_backward(dz, x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
-    """du = dz * act'(u) at u = x * scale + shift; then dx = du * scale, dscale = sum of du * x, dshift = sum of du."""
+    """du = dz * act'(u) at u = x * scale + shift; then dscale = sum of du * x, dshift = sum of du, dx = du * scale."""
     if ACTIVATION == "none":
         return dz
     else:

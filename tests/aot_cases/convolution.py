@@ -8,7 +8,7 @@ import torch
 from aot_cases.common import bf16, fp16, fp32, fp64, t
 from fastcnn.ops import conv2d as conv
 from fastcnn.ops import conv_launch, conv_tiles
-from fastcnn.ops.conv_fusion import Correction, Pending
+from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
 
 @contextlib.contextmanager
@@ -97,13 +97,17 @@ def _passes(x, w, stride=1, activation="relu", fused=True):
     correction = Correction(y, vector(k), vector(k), vector(k))
     forward = dict(pending=pending, activation=("silu", 0.0), residual=y, pivot=vector(k))
     back = dict(correction=correction, pending=pending, input=x if pending else None, add=x)
+    join = dict(correction=correction, join=Join(x, x), add=x)
+
+    def backward_input():
+        for options in (back, join):
+            conv.conv2d_backward_input(y, w, None, x.shape[2:], *geometry, channels_last, "conv", "triton", **options)
+
     return {
         "forward": lambda: conv.conv2d_forward(
             x, w, t(k, dtype=x.dtype), size, *geometry, channels_last, "conv", "triton", **forward
         ),
-        "backward_input": lambda: conv.conv2d_backward_input(
-            y, w, None, x.shape[2:], *geometry, channels_last, "conv", "triton", **back
-        ),
+        "backward_input": backward_input,
         "backward_weight": lambda: conv.conv2d_backward_weight(
             y, x, w, *geometry, "conv", "triton", correction=correction, pending=pending
         ),
