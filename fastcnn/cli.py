@@ -93,8 +93,9 @@ def _train_parser(resume):
     parser.add_argument("--config", action="config", help="YAML or JSON file with any of these options")
     for spec in fields(TrainConfig):
         default = spec.default_factory() if spec.default is MISSING else spec.default
-        kind = {"action": "store_true"} if spec.name == "resume" else {"type": spec.type}
-        parser.add_argument(f"--{spec.name.replace('_', '-')}", default=default, help=spec.metadata["help"], **kind)
+        bare = {"nargs": "?", "const": True} if spec.type is bool else {}  # --fuse is --fuse true
+        name = f"--{spec.name.replace('_', '-')}"
+        parser.add_argument(name, type=spec.type, default=default, help=spec.metadata["help"], **bare)
     if resume is not None:
         from fastcnn.train.evaluate import load_config
 

@@ -117,6 +117,7 @@ class _GraphedStep(_Step):
         self.batch = None  # where the graph reads input and target
         self.done = 0  # steps since something changed
         self.premises = None  # of the graph, once there is one
+        self.held = None  # what the premises know by its id
         self.results = None  # where the graph writes
 
     def __call__(self, input, target):
@@ -128,7 +129,7 @@ class _GraphedStep(_Step):
                 "option, state or memory), so it is recorded again"
             )
             self.recorder.drop()
-            self.premises, self.results, self.done = None, None, 0
+            self.premises, self.held, self.results, self.done = None, None, None, 0
         if not self._load(input, target):
             with self.rates.in_groups():
                 return self._run(input, target)[0]
@@ -165,6 +166,7 @@ class _GraphedStep(_Step):
         with self.rates.in_groups():
             self.results = self.recorder.record(lambda: self._run(*self.batch))
         self.premises = self._premises()
+        self.held = [*self.optimizer.state.values(), *map(dict, self.optimizer.param_groups)]
 
     def _premises(self):
         """What a graph keeps as it was when it was recorded, and Python would look at in every step."""

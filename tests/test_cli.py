@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastcnn.cli import main
+from fastcnn.cli import _parser, _train_config, main
 from fastcnn.data import load_data
 from fastcnn.train import load_run, loop
 
@@ -54,6 +54,13 @@ def fails(capsys, *argv):
 )
 def test_mistakes_are_one_line(capsys, argv, message):
     assert message in fails(capsys, *argv)
+
+
+def test_a_bare_flag_is_true():
+    words = ["--cuda-graph", "--fuse", "false", "--max-grad-norm", "1", "--ema-decay=0.9", "--augment"]
+    options = _train_config(_parser().parse_args(["train", *words])["train"])
+    assert (options.cuda_graph, options.fuse, options.augment, options.channels_last) == (True, False, True, False)
+    assert (options.max_grad_norm, options.ema_decay) == (1.0, 0.9)
 
 
 def test_mistakes_with_files_are_one_line(capsys, tmp_path, run):

@@ -8,15 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
+import fastcnn
 from fastcnn import nn, optim
 from fastcnn.data import load_data
 from fastcnn.models import create_model
-from fastcnn.train import TrainConfig, load_run, loop, train
+from fastcnn.train import TrainConfig, evaluate, load_run, loop, population_statistics, train
 from fastcnn.train.checkpoint import load_checkpoint, save_checkpoint
 from fastcnn.train.loop import best_row, learning_rate
 
@@ -141,7 +143,9 @@ def test_resume_is_bit_for_bit(finished, tmp_path, monkeypatch):
 def test_every_optimizer_of_ours_can_be_chosen(tmp_path):
     model = torch.nn.Linear(3, 2)
     for name in optim.__all__:
-        made = loop._optimizer(model, config(tmp_path, optimizer=name.lower(), lr=0.01, momentum=0.8, weight_decay=0.1))
+        options = dict(optimizer=name.lower(), lr=0.01, momentum=0.8, weight_decay=0.1, max_grad_norm=2, ema_decay=0.9)
+        made = loop._optimizer(model, config(tmp_path, **options))
+        assert made.defaults["max_grad_norm"] == 2 and made.param_groups[0]["ema_decay"] == 0.9
         assert type(made) is getattr(optim, name)
         assert made.defaults["lr"] == 0.01 and made.defaults["weight_decay"] == 0.1
         assert made.defaults.get("momentum", 0) == (0.8 if name in ("SGD", "LARS") else 0)
@@ -153,8 +157,9 @@ def test_every_optimizer_of_ours_can_be_chosen(tmp_path):
         dict(optimizer="sgd", lr=0.05, weight_decay=1e-3, scheduler="constant", label_smoothing=0.1, augment=False),
         dict(optimizer="adamw", channels_last=True, amp="bf16", model_args={"activation": "tanh", "pool": "avg"}),
         dict(amp="fp16", batch_size=25, seed=3),
+        dict(optimizer="lars", lr=1.0, max_grad_norm=0.5, ema_decay=0.5),
     ],
-    ids=["sgd", "bf16-channels_last", "fp16"],
+    ids=["sgd", "bf16-channels_last", "fp16", "clipped-averaged"],
 )
 def test_options_train_and_resume(tmp_path, monkeypatch, options):
     options = {**options, "epochs": 2}
@@ -179,6 +184,74 @@ def test_resume_restores_the_random_state(tmp_path, monkeypatch):
     torch.rand(5)
     train(config(tmp_path / "stopped", epochs=2, resume=True))
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_averaged_weights_are_judged_and_kept_and_training_does_not_notice(tmp_path, monkeypatch):
+    """Also the statistics of batch norm: those of the averages in best.pt, those of the training in last.pt."""
+    monkeypatch.setattr(
+        loop, "create_model", lambda *args: nn.Sequential(nn.BatchNorm2d(1), create_model(*args), nn.BatchNorm1d(10))
+    )
+    train(config(tmp_path / "plain", epochs=2))
+    train(config(tmp_path / "averaged", epochs=2, ema_decay=0.9))
+    plain, last = (load_checkpoint(tmp_path / name / "last.pt") for name in ("plain", "averaged"))
+    best = load_checkpoint(tmp_path / "averaged" / "best.pt")
+    assert best["epoch"] == 2
+    assert_same(plain["model"], last["model"])
+    model = loop.create_model("lenet5", 10, 1)
+    for (name, _), state in zip(model.named_parameters(), last["optimizer"]["state"].values(), strict=True):
+        assert torch.equal(best["model"][name], state["ema"]) and not torch.equal(state["ema"], last["model"][name])
+
+    data, own = loop.load_data("digits"), config("x")
+    model.load_state_dict(best["model"])
+    batches = [data.input.normalise(images) for images, _ in loop.batches(data.train, 32, train=(0, 2), augment=True)]
+    population_statistics(model, batches)
+    assert_same(dict(model.state_dict()), best["model"])
+    assert not torch.equal(best["model"]["2.running_mean"], last["model"]["2.running_mean"])
+    measured = evaluate(model, data.val, data.input, own, torch.device("cpu"))
+    assert last["history"][1]["val_loss"] == measured["loss"] != plain["history"][1]["val_loss"]
+
+
+def test_averaged_weights_before_the_first_step(tmp_path, monkeypatch):
+    """A loss scale may skip every step of an epoch."""
+    monkeypatch.setattr(loop.torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**126))
+    train(config(tmp_path, epochs=1, amp="fp16", ema_decay=0.9))
+    assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["state"] == {}
+
+
+def test_the_step_of_cuda_graphs_is_the_step_of_the_loop(finished, tmp_path, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(tmp_path, cuda_graph=True))
+    assert caplog.messages == ["graphed_step: the model is on cpu, so its steps run without a CUDA graph"]
+    train(config(tmp_path, resume=True))
+    assert rows(tmp_path) == rows(finished[0])
+    for name in ("model", "optimizer"):
+        assert_same(*(load_checkpoint(out / "last.pt")[name] for out in (tmp_path, finished[0])))
+
+
+def test_a_model_is_fused_before_its_optimizer_is_made(tmp_path, monkeypatch):
+    def convert(model, fuse):
+        assert fuse is True
+        model.fc3 = nn.Linear(84, 10)
+        torch.nn.init.zeros_(model.fc3.weight)
+        return "the report"
+
+    monkeypatch.setattr(fastcnn, "convert", convert, raising=False)
+    train(config(tmp_path, epochs=1, fuse=True))
+    assert (tmp_path / "fused.txt").read_text() == "the report\n"
+    assert load_checkpoint(tmp_path / "last.pt")["model"]["fc3.weight"].count_nonzero() > 0
+
+
+def test_checkpoints_from_before_an_option_are_at_its_default(finished, tmp_path):
+    for name in ("last.pt", "best.pt"):
+        checkpoint = load_checkpoint(finished[0] / name)
+        for option in ("fuse", "ema_decay", "cuda_graph"):
+            del checkpoint["config"][option]
+        save_checkpoint(tmp_path / name, checkpoint)
+    saved = json.loads((finished[0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in saved.items() if k != "fuse"}))
+    assert load_run(tmp_path).config.fuse is False
 
 
 def test_resume_from_before_the_first_epoch(finished, tmp_path, monkeypatch):
@@ -354,6 +427,9 @@ def test_learning_rate_and_best():
         (dict(lr="fast"), TypeError, "lr must be float, got 'fast'"),
         (dict(momentum=-1), ValueError, "momentum must be at least 0, got -1.0"),
         (dict(label_smoothing=1.5), ValueError, "label_smoothing must be at most 1, got 1.5"),
+        (dict(max_grad_norm=0), ValueError, "max_grad_norm must be more than 0, got 0.0"),
+        (dict(ema_decay=1.0), ValueError, "ema_decay must be less than 1, got 1.0"),
+        (dict(cuda_graph=1), TypeError, "cuda_graph must be bool, got 1"),
         (dict(optimizer="adma"), ValueError, "unknown optimizer 'adma': did you mean 'adam'"),
         (dict(amp="bfloat16"), ValueError, "unknown amp 'bfloat16': did you mean 'bf16'"),
         (dict(channels=2), ValueError, "channels must be one of 1, 3, got 2"),

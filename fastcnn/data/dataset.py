@@ -35,8 +35,8 @@ class Input:
     def normalise(self, images):
         """uint8 [N, C, H, W] -> float32 of the same shape, every channel with mean 0 and deviation 1."""
         shape = (1, self.channels, 1, 1)
-        mean = torch.tensor(self.mean, device=images.device).view(shape)
-        std = torch.tensor(self.std, device=images.device).view(shape)
+        # non_blocking: otherwise the CPU waits here, in every step, until the GPU has finished the one before
+        mean, std = (torch.tensor(t).view(shape).to(images.device, non_blocking=True) for t in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
     def read(self, path, invert=False):

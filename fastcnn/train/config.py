@@ -11,7 +11,7 @@ from fastcnn.names import check_name
 
 OPTIMIZERS = {name.lower(): getattr(optim, name) for name in optim.__all__}
 # these may differ between a run and its continuation: they change where and how fast, not what
-FREE_ON_RESUME = ("data_dir", "device", "workers", "out", "resume")
+FREE_ON_RESUME = ("data_dir", "device", "workers", "cuda_graph", "out", "resume")
 
 
 def option(default, help, *, low=None, above=None, choices=None):
@@ -39,6 +39,10 @@ class TrainConfig:
     lr: float = option(4e-3, "learning rate at the start", above=0)
     momentum: float = option(0.9, "for sgd and lars", low=0)
     weight_decay: float = option(0.0, "weight decay, as the optimizer defines it", low=0)
+    max_grad_norm: float | None = option(None, "scale gradients down to this norm, that of all together", above=0)
+    ema_decay: float | None = option(
+        None, "validate and keep the moving average of the weights, with this decay per step, e.g. 0.999", low=0
+    )
     scheduler: str = option(
         "cosine",
         "cosine or linear (fall to 0 over the run), inverse_time (lr / (1 + lr_decay t)), inverse_sqrt (lr / sqrt(t)), "
@@ -53,6 +57,8 @@ class TrainConfig:
     amp: str = option("none", "automatic mixed precision: none, bf16 or fp16", choices=("none", "bf16", "fp16"))
     channels_last: bool = option(False, "keep images and filters in NHWC memory order")
     backend: str = option("auto", "what runs the ops: auto, triton, cpu (numba) or torch", choices=BACKENDS)
+    fuse: bool = option(False, "fuse convolution, batch norm, activation and residual (fastcnn.convert)")
+    cuda_graph: bool = option(False, "on a GPU: repeat the training step from a CUDA graph (fastcnn.graphed_step)")
     workers: int | None = option(
         None, "processes that read image files; default: one per core for folder, else 0", low=0
     )
@@ -69,6 +75,8 @@ class TrainConfig:
         check_name("data set", self.data, DATA)
         if self.label_smoothing > 1:
             raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}")
+        if self.ema_decay is not None and self.ema_decay >= 1:
+            raise ValueError(f"ema_decay must be less than 1, got {self.ema_decay}")
         if self.out is None:
             self.out = f"runs/{self.model}-{self.data}"
 

@@ -181,6 +181,8 @@ def check_same(checkpoint, config, path):
     theirs = checkpoint.get("config")
     if not isinstance(theirs, dict):
         raise ValueError(f"{path} does not say how it was made")
+    # an option that came after the checkpoint was at its default
+    theirs = {**TrainConfig().saved(), **theirs}
     for name, mine in config.saved().items():
-        if name not in FREE_ON_RESUME and theirs.get(name) != mine:
-            raise ValueError(f"{path} is of another run: its {name} is {theirs.get(name)!r}, here it is {mine!r}")
+        if name not in FREE_ON_RESUME and theirs[name] != mine:
+            raise ValueError(f"{path} is of another run: its {name} is {theirs[name]!r}, here it is {mine!r}")

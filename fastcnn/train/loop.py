@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import itertools
 import json
 import math
 import platform
@@ -17,15 +18,28 @@ from tqdm import tqdm
 from fastcnn import nn
 from fastcnn.backends import backend, explain
 from fastcnn.data import batches, load_data
+from fastcnn.graphs import graphed_step
 from fastcnn.models import create_model
 from fastcnn.train.checkpoint import load_checkpoint, load_weights, save_checkpoint, write_atomically
 from fastcnn.train.config import FREE_ON_RESUME, OPTIMIZERS
-from fastcnn.train.evaluate import autocast, check_same, choose_device, evaluate, load_config, reader_count, to_input
+from fastcnn.train.evaluate import (
+    AMP_DTYPES,
+    autocast,
+    check_same,
+    choose_device,
+    evaluate,
+    load_config,
+    reader_count,
+    to_input,
+)
 from fastcnn.train.memory import keep_freed_memory
 from fastcnn.train.plots import plot_confusion, plot_curves, plot_filters
+from fastcnn.train.statistics import population_statistics
 
 # steps between looks at the loss: each look makes the CPU wait for the GPU
 LOOK_EVERY = 20
+# batches that the statistics of batch norm are measured on, for averaged weights
+STATISTICS_BATCHES = 100
 
 
 def train(config):
@@ -60,9 +74,24 @@ def _train(config, out):
     torch.manual_seed(config.seed)
     model = create_model(config.model, len(data.classes), data.input.channels, **config.model_args)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
+    if config.fuse:
+        _fuse(model, out)
     optimizer = _optimizer(model, config)
     criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+
+    def loss_of(logits, labels):
+        loss = criterion(logits, labels)
+        # in place: a CUDA graph knows tensors by where they are
+        loss_sum.add_(loss.detach() * len(labels))
+        correct.add_((logits.detach().argmax(1) == labels).sum())
+        return loss
+
+    graphed = None
+    if config.cuda_graph:
+        graphed = graphed_step(model, loss_of, optimizer, autocast=AMP_DTYPES.get(config.amp), scaler=scaler)
     history = []
     identity = {"config": config.saved(), "classes": data.classes, "input": asdict(data.input)}
 
@@ -89,24 +118,24 @@ def _train(config, out):
         )
         steps = len(loader)
         model.train()
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-        correct = torch.zeros((), dtype=torch.int64, device=device)
+        loss_sum.zero_()
+        correct.zero_()
         bar = tqdm(loader, f"epoch {epoch}/{config.epochs}", leave=False, disable=None)
         for step, (images, labels) in enumerate(bar):
             lr = learning_rate(config, (epoch - 1) * steps + step, config.epochs * steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, labels = to_input(images, data.input, config, device), labels.to(device, non_blocking=True)
-            with autocast(config, device):
-                logits = model(images)
-                loss = criterion(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+            if graphed is None:
+                with autocast(config, device):
+                    loss = loss_of(model(images), labels)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                loss = graphed(images, labels)
 
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.detach().argmax(1) == labels).sum()
             if step % LOOK_EVERY == 0:
                 _stop_if_diverged(loss.item(), "training", epoch, lr, out)
                 bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -118,7 +147,7 @@ def _train(config, out):
             "train_accuracy": correct.item() / trained,
         }
         speed = trained / (time.perf_counter() - start)
-        val = evaluate(model, data.val, data.input, config, device)
+        val, weights = _validate(model, optimizer, data, config, device, epoch)
         _stop_if_diverged(row["train_loss"], "training", epoch, lr, out)
         _stop_if_diverged(val["loss"], "validation", epoch, lr, out)
         row |= {"val_loss": val["loss"], "val_accuracy": val["accuracy"]}
@@ -131,7 +160,7 @@ def _train(config, out):
         is_best = best_row(history) is history[-1]
         # best before last: dying in between costs an epoch that resuming repeats, not the best weights
         if is_best:
-            save_checkpoint(best_path, {**identity, "epoch": epoch, "model": model.state_dict()})
+            save_checkpoint(best_path, {**identity, "epoch": epoch, "model": weights})
         save_checkpoint(
             last_path,
             {
@@ -214,7 +243,47 @@ def best_row(history):
 
 def _optimizer(model, config):
     momentum = {"momentum": config.momentum} if config.optimizer in ("sgd", "lars") else {}
-    return OPTIMIZERS[config.optimizer](model.parameters(), config.lr, weight_decay=config.weight_decay, **momentum)
+    options = {"max_grad_norm": config.max_grad_norm, "ema_decay": config.ema_decay, **momentum}
+    return OPTIMIZERS[config.optimizer](model.parameters(), config.lr, weight_decay=config.weight_decay, **options)
+
+
+def _fuse(model, out):
+    """Fuse what can be fused; fused.txt says what was, and why the rest was not."""
+    import fastcnn
+
+    write_atomically(out / "fused.txt", f"{fastcnn.convert(model, fuse=True)}\n".encode())
+
+
+def _validate(model, optimizer, data, config, device, epoch):
+    """Measure on the validation images; (what `evaluate` returns, the weights it was measured with).
+
+    With ema_decay those are the averages. The running statistics of batch norm belong to the weights of the training:
+    for the averages they are measured anew, on the first images of this epoch.
+    """
+    # there are no averages before the first step, and a loss scale may have skipped all so far
+    if not any("ema" in state for state in optimizer.state.values()):
+        return evaluate(model, data.val, data.input, config, device), model.state_dict()
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+    with optimizer.ema_weights():
+        try:
+            if buffers:
+                loader = batches(
+                    data.train,
+                    config.batch_size,
+                    workers=reader_count(config),
+                    pin_memory=device.type == "cuda",
+                    train=(config.seed, epoch),
+                    augment=config.augment,
+                )
+                images = (to_input(images, data.input, config, device) for images, _ in loader)
+                with autocast(config, device):
+                    population_statistics(model, itertools.islice(images, STATISTICS_BATCHES))
+            val = evaluate(model, data.val, data.input, config, device)
+            return val, {name: value.clone() for name, value in model.state_dict().items()}
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _count(model):
