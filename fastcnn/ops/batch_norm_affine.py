@@ -1,4 +1,4 @@
-"""Batch norm as two vectors: u = x * scale + shift per channel, scale = weight / sqrt(var + eps), shift = bias - mean * scale.
+"""Batch norm as two vectors: u = x * scale + shift, scale = weight / sqrt(var + eps), shift = bias - mean * scale.
 
 Vectors [C] in fp32 (fp64 for fp64) beside the tensor x, which nobody reads or writes here. Saved for backward: mean and
 1 / sqrt(var + eps). The backward of batch norm is affine in x, too: grad_x = a * du + b * x + c, where du is the

@@ -1,6 +1,6 @@
 """Convolution and batch norm of the fused chain: from an expression of raw tensors to a raw tensor and two vectors.
 
-    z = Expression (pending.py)      y = conv(z) [N, K, P, Q]      scale, shift [K]: batch norm of y is y * scale + shift
+    z = Expression (pending.py)     y = conv(z) [N, K, P, Q]     scale, shift [K]: batch norm of y is y * scale + shift
 
 Neither z nor the normalised y is stored, except that a join's z is, which later layers read, too. On a GPU the kernels
 make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import common, conv2d, pending
-from fastcnn.ops.conv_fusion import Correction, Pending
+from fastcnn.ops import conv2d, pending
+from fastcnn.ops.activation import activation_reference
+from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
 op = Op(
     "conv_batch_norm",
@@ -78,6 +79,20 @@ def _from_sums(y, sums, pivot):
     return pivot + distance, (sums[1] / n - distance * distance).clamp(min=0)
 
 
+def check_rows(y):
+    """Raise unless batch norm has two values per channel to take statistics of."""
+    if y.numel() // y.shape[1] <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
+
+
+def refuse_second_derivatives():
+    """Called where a backward runs: its own gradients would be silently wrong."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the fused chain has no second derivatives; fastcnn.revert(model) gives back layers that have them"
+        )
+
+
 def _with_statistics(z, weight, geometry, running_mean, norm, backend, fused):
     """(y, mean, var, rows)."""
     if backend == "triton":
@@ -91,8 +106,7 @@ def _with_statistics(z, weight, geometry, running_mean, norm, backend, fused):
     rows = y.numel() // y.shape[1]
     if norm.group is not None:
         return y, *bn.gather_statistics(mean, var, rows, norm.group)
-    if rows <= 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
+    check_rows(y)
     return y, mean, var, rows
 
 
@@ -136,14 +150,11 @@ class ConvBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y, grad_scale, grad_shift, grad_z, grad_passed):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused chain has no second derivatives; fastcnn.revert(model) gives back layers that have them"
-            )
+        refuse_second_derivatives()
         *inputs, weight, gamma, y, mean, invstd = ctx.saved_tensors
         geometry, norm, rows, backend = ctx.where
         needs, join = ctx.needs_input_grad, ctx.form[3]
-        inputs = _Inputs(*inputs, *ctx.form)
+        inputs = Inputs(*inputs, *ctx.form)
         grad_weight = grad_bias = grad_gamma = grad_beta = correction = None
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
@@ -168,7 +179,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         )
 
 
-class _Inputs(NamedTuple):
+class Inputs(NamedTuple):
     """What backward needs of an expression: see pending.Expression."""
 
     x: torch.Tensor | None
@@ -278,3 +289,29 @@ def _on_gpu(
             grad_y, z, weight, *geometry[1:], "conv", among, correction=correction, pending=loaded
         )
     return grads, grad_weight
+
+
+def convolve_folded(x, weight, scale, shift, geometry, backend, activation, slope, residual):
+    """activation(conv(x) * scale + shift + residual) without gradients.
+
+    The vectors go into the weight where that is the smaller tensor, else over the output.
+    """
+    outputs = x.shape[0] * weight.shape[0] * geometry.size[0] * geometry.size[1]
+    if weight.numel() > outputs:
+        y = _convolve(x, weight, None, geometry, backend)
+        # f(y * scale + shift), or f applied to the sum
+        if residual is None:
+            return pending.pending_forward(y, scale, shift, activation or "none", slope, *[None] * 4, "none", backend)
+        out = activation if activation == "relu" else "none"
+        z = pending.pending_forward(y, scale, shift, "none", 0.0, None, residual, None, None, out, backend)
+        return z if activation in (None, "relu") else activation_reference(z, activation, slope)
+    weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    bias = shift.to(weight.dtype)
+    if backend == "triton":
+        fused = {} if activation is None else dict(activation=(activation, slope))
+        return _convolve(x, weight, bias, geometry, backend, residual=residual, **fused)
+    y = _convolve(x, weight, bias, geometry, backend)
+    y = y if residual is None else y.add_(residual)
+    return (
+        F.relu_(y) if activation == "relu" else y if activation is None else activation_reference(y, activation, slope)
+    )

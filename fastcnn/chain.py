@@ -1,0 +1,335 @@
+"""The fused chain at run time: values that are not yet computed, and the functions that read and make them.
+
+`conv_batch_norm(x, conv, bn)` returns no tensor but a Pending: the convolution's raw output and batch norm as two
+vectors. `activate` and `add` only note what is still to be done; the next convolution or pool does it while it reads.
+Every function here takes plain tensors, too, and gives the same numbers as torch's modules one after the other;
+`materialize` turns any value into a tensor. What a value can carry is in fastcnn.ops.pending; where a function cannot
+go on without a tensor, it makes one.
+
+Each reader of a value leaves in it the tensor from which the next one shall read (conv_batch_norm.py, "passed"): values
+belong to one forward pass, and their functions must run in its order.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fastcnn import functional as F
+from fastcnn.ops import common, conv2d
+from fastcnn.ops import conv_batch_norm as fused
+from fastcnn.ops import pending as passes
+from fastcnn.ops.activation import activation_reference
+from fastcnn.ops.batch_norm_affine import affine
+from fastcnn.ops.materialize import MaterializeFunction
+from fastcnn.ops.pending_batch_norm import PendingBatchNormFunction
+
+KINDS = ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu", "gelu_tanh")
+
+
+class Pending:
+    """z = f(raw * scale + shift) * gate, which readers compute while they load raw.
+
+    raw [N, C, H, W]; scale, shift [C] or None; f a name in KINDS or "none"; gate [N, C] or [N, 1] or None.
+    """
+
+    def __init__(self, raw, scale, shift, activation="none", slope=0.0, gate=None, scaled=False):
+        self.raw, self.scale, self.shift = raw, scale, shift
+        self.activation, self.slope, self.gate = activation, slope, gate
+        self.scaled = scaled
+
+    @property
+    def is_affine(self):
+        """Whether it is raw * scale + shift."""
+        return self.activation == "none" and self.gate is None
+
+    def expression(self):
+        """The fastcnn.ops.pending.Expression of z."""
+        return passes.Expression(self.raw, self.scale, self.shift, self.activation, self.slope, self.gate)
+
+    def now_with(self, **changes):
+        """The same with other parts."""
+        parts = dict(
+            raw=self.raw, scale=self.scale, shift=self.shift, activation=self.activation, slope=self.slope,
+            gate=self.gate, scaled=self.scaled,
+        )  # fmt: skip
+        return Pending(**(parts | changes))
+
+
+class Join:
+    """z = out(left + right), computed by its first reader; out "relu" or "none".
+
+    left: Pending. right: tensor, or an affine Pending.
+    """
+
+    def __init__(self, left, right, out="none"):
+        self.left, self.right, self.out = left, right, out
+        self.result = None
+
+    def expression(self):
+        """The fastcnn.ops.pending.Expression of z."""
+        right, scale, shift = self.right, None, None
+        if isinstance(right, Pending):
+            right, scale, shift = right.raw, right.scale, right.shift
+        return self.left.expression()._replace(right=right, right_scale=scale, right_shift=shift, out=self.out)
+
+
+class Folded:
+    """Evaluation without gradients: f(conv(z) with batch norm in the weight + residual), computed by its first reader."""
+
+    def __init__(self, run, activation=None, slope=0.0, residual=None):
+        self.run = run  # of activation, slope, residual
+        self.activation, self.slope, self.residual = activation, slope, residual
+        self.result = None
+
+    def now_with(self, **changes):
+        """The same with other parts."""
+        parts = dict(activation=self.activation, slope=self.slope, residual=self.residual)
+        return Folded(self.run, **(parts | changes))
+
+
+VALUES = (Pending, Join, Folded)
+
+
+def materialize(value):
+    """The value as a tensor; tensors, and whatever is no value, as they are."""
+    if isinstance(value, Folded):
+        if value.result is None:
+            value.result = value.run(value.activation, value.slope, value.residual)
+        return value.result
+    if isinstance(value, Join):
+        if value.result is None:
+            value.result = _stored(value.expression(), value.left.scaled)[0]
+        return value.result
+    if isinstance(value, Pending):
+        z, value.raw = _stored(value.expression(), value.scaled)
+        return z
+    return value
+
+
+def _stored(expression, scaled):
+    """(z, x for the next reader)."""
+    backend = fused.op.route(expression.x, lambda backend: None)
+    z, passed = MaterializeFunction.apply(*expression, scaled, backend)
+    return z, expression.x if passed is None else passed
+
+
+def _readable(value):
+    """(Expression, scaled, function that takes the tensors for the next reader) of a value or tensor."""
+    if isinstance(value, Join) and value.result is None:
+
+        def leave(z, passed):
+            value.result = z
+
+        return value.expression(), value.left.scaled, leave
+    if isinstance(value, Pending):
+
+        def leave(z, passed):
+            value.raw = value.raw if passed is None else passed
+
+        return value.expression(), value.scaled, leave
+    if isinstance(value, Join):
+
+        def leave(z, passed):
+            value.result = value.result if passed is None else passed
+
+        return passes.Expression(value.result), False, leave
+    return passes.Expression(materialize(value)), False, lambda z, passed: None
+
+
+def _norm(bn):
+    """(Norm, running_mean, running_var) of this call of a batch norm module, which counts the batch."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    batch = bn.training or (bn.running_mean is None and bn.running_var is None)
+    running = (bn.running_mean, bn.running_var)
+    if batch and bn.training and not bn.track_running_stats:
+        running = (None, None)
+    group = None
+    if bn.training and isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        group = bn.process_group or dist.group.WORLD
+        group = group if dist.get_world_size(group) > 1 else None
+    return fused.Norm(batch, momentum, bn.eps, group), *running
+
+
+def _in_one_dtype(value, weight):
+    """The value and the weight as the convolution takes them: in autocast's dtype where that is on."""
+    tensor = value.raw if isinstance(value, Pending) else value if isinstance(value, torch.Tensor) else None
+    if tensor is None:
+        tensor = value.left.raw if isinstance(value, Join) and value.result is None else materialize(value)
+    dtype = conv2d.compute_dtype(tensor)
+    if tensor.dtype != dtype:
+        value = materialize(value).to(dtype)
+    return value, weight.to(conv2d.compute_dtype(weight))
+
+
+def _geometry(x, conv):
+    """The fused.Convolution of this module on an image of x's size."""
+    size, *where = conv2d.check_convolution(
+        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
+    )
+    return fused.Convolution(tuple(size), *where, conv.groups)
+
+
+def _runs_plainly(value, conv):
+    """Whether the layers run one by one: what they get is not what the chain is made for."""
+    if not isinstance(value, torch.Tensor):
+        return False
+    return (
+        value.dim() != 4
+        or value.dtype not in common.FLOATS
+        or conv2d.compute_dtype(value) != conv2d.compute_dtype(conv.weight)
+        or value.numel() == 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def conv_batch_norm(x, conv, bn):
+    """bn(conv(x)), not yet computed.
+
+    Args:
+        x: tensor [N, C, H, W] or value.
+        conv: torch.nn.Conv2d with zero padding. bn: torch.nn.BatchNorm2d or SyncBatchNorm of its channels. Their
+            parameters, statistics and training flags are read, and updated, as their own calls would.
+
+    Returns:
+        Pending (Folded in evaluation without gradients), or a tensor where the layers ran one by one.
+    """
+    if _runs_plainly(x, conv):
+        return bn(conv(x))
+    norm, running_mean, running_var = _norm(bn)
+    if not norm.training and not torch.is_grad_enabled():
+        return _folded(x, conv, bn, norm)
+    y, scale, shift = _read(x, conv, bn.weight, bn.bias, running_mean, running_var, norm)
+    return Pending(y, scale, shift)
+
+
+def conv(x, conv):
+    """conv(x), a tensor; a value's activation is applied on load."""
+    if isinstance(x, torch.Tensor) or not torch.is_grad_enabled():
+        return conv(materialize(x))
+    return _read(x, conv, None, None, None, None, None)[0]
+
+
+def _read(x, conv, gamma, beta, running_mean, running_var, norm):
+    """(y, scale, shift)"""
+    x, weight = _in_one_dtype(x, conv.weight)
+    expression, scaled, leave = _readable(x)
+    geometry = _geometry(expression.x, conv)
+    backend = fused.op.route(expression.x, lambda backend: None)
+    bias = conv.bias
+    if norm is None and bias is not None:
+        bias = bias.to(weight.dtype)
+    e = expression
+    with torch.autocast(e.x.device.type, enabled=False):
+        y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
+            e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
+            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend,
+        )  # fmt: skip
+    leave(z, passed)
+    return y, scale, shift
+
+
+def _folded(x, conv, bn, norm):
+    x, weight = _in_one_dtype(materialize(x), conv.weight)
+    geometry = _geometry(x, conv)
+    backend = fused.op.route(x, lambda backend: None)
+
+    def run(activation, slope, residual):
+        mean, var = (t.to(passes.vector_dtype(x)) for t in (bn.running_mean, bn.running_var))
+        scale, shift, _ = affine(mean, var, bn.weight, bn.bias, norm.eps)
+        if conv.bias is not None:
+            shift = shift + scale * conv.bias
+        return fused.convolve_folded(x, weight, scale, shift, geometry, backend, activation, slope, residual)
+
+    return Folded(run)
+
+
+def batch_norm(x, bn):
+    """bn(x) of what no convolution has just made, not yet computed: a Pending, or a tensor where bn itself ran."""
+    tensor = materialize(x)
+    if tensor.dim() != 4 or not torch.is_grad_enabled() or tensor.numel() == 0 or tensor.dtype not in common.FLOATS:
+        return bn(tensor)
+    norm, running_mean, running_var = _norm(bn)
+    backend = fused.op.route(tensor, lambda backend: None)
+    raw, scale, shift, passed = PendingBatchNormFunction.apply(
+        tensor, bn.weight, bn.bias, running_mean, running_var, norm, backend
+    )
+    if isinstance(x, Join):
+        x.result = passed
+    return Pending(raw, scale, shift)
+
+
+def activate(x, kind, slope=0.0):
+    """The activation of a value, which stays one, or of a tensor."""
+    if isinstance(x, Pending) and x.is_affine:
+        return x.now_with(activation=kind, slope=slope)
+    if isinstance(x, Folded) and x.result is None and x.activation is None:
+        return x.now_with(activation=kind, slope=slope)
+    if isinstance(x, Join) and x.out == "none":
+        if kind == "relu" and x.result is None:
+            return Join(x.left, x.right, "relu")
+        return Pending(materialize(x), None, None, kind, slope)
+    return activation_reference(materialize(x), kind, slope)
+
+
+def add(a, b):
+    """a + b of values or tensors of one shape; a Join or Folded where one of them is a value."""
+    a, b = (x.result if isinstance(x, Join) and x.result is not None else x for x in (a, b))
+    folded = [x for x in (a, b) if isinstance(x, Folded) and x.result is None and x.activation is x.residual is None]
+    if folded:
+        other = materialize(b if folded[0] is a else a)
+        return folded[0].now_with(residual=other)
+    if isinstance(b, Pending) and not (isinstance(a, Pending) and b.is_affine):
+        a, b = b, a  # an activation or a gate fits on the left alone
+    if not isinstance(a, Pending):
+        return materialize(a) + materialize(b)
+    if isinstance(b, Pending) and not b.is_affine:
+        b = materialize(b)
+    b = b if isinstance(b, Pending) else materialize(b)
+    right = b.raw if isinstance(b, Pending) else b
+    if not isinstance(right, torch.Tensor) or right.shape != a.raw.shape or right.dtype != a.raw.dtype:
+        return materialize(a) + materialize(b)
+    if isinstance(b, Pending) and b.scale is not None and a.scale is None and a.is_affine:
+        a, b = b, a.raw
+    return Join(a, b)
+
+
+def multiply(a, b):
+    """a * b; a Pending where one is that and the other a factor per image and channel, [N, C, 1, 1] or [N, 1, 1, 1]."""
+    value, factor = (a, b) if isinstance(a, Pending) else (b, a)
+    factor = materialize(factor)
+    if isinstance(value, Pending) and value.gate is None and isinstance(factor, torch.Tensor):
+        n, c = value.raw.shape[:2]
+        if factor.dtype == value.raw.dtype and factor.shape in ((n, c, 1, 1), (n, 1, 1, 1)):
+            return value.now_with(gate=factor.flatten(1))
+    return materialize(value) * factor
+
+
+def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
+    """fastcnn.functional.max_pool2d of a tensor or value, a tensor."""
+    return F.max_pool2d(materialize(x), kernel_size, stride, padding, dilation, ceil_mode)
+
+
+def avg_pool2d(x, *arguments, **options):
+    """fastcnn.functional.avg_pool2d of a tensor or value, a tensor."""
+    return F.avg_pool2d(materialize(x), *arguments, **options)
+
+
+def adaptive_avg_pool2d(x, output_size):
+    """fastcnn.functional.adaptive_avg_pool2d of a tensor or value, a tensor."""
+    return F.adaptive_avg_pool2d(materialize(x), output_size)
+
+
+def mean(x, keepdim=False):
+    """The mean over height and width, a tensor [N, C], with keepdim [N, C, 1, 1]."""
+    pooled = adaptive_avg_pool2d(x, 1)
+    return pooled if keepdim else pooled.flatten(1)
+
+
+def cat(values):
+    """Values or tensors side by side along the channels, a tensor."""
+    return torch.cat([materialize(value) for value in values], 1)

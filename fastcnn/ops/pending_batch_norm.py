@@ -1,0 +1,53 @@
+"""Batch norm of a stored tensor as two vectors: x and (scale, shift), of which readers make x * scale + shift on load.
+
+For what no convolution has just made, e.g. the sums of residual networks with pre-activation. Saved for backward: x.
+Torch counterpart: torch.nn.functional.batch_norm. Source: Ioffe and Szegedy 2015.
+"""
+
+import torch
+
+from fastcnn.ops import batch_norm_affine as bn
+from fastcnn.ops import pending
+from fastcnn.ops.conv_batch_norm import check_rows, refuse_second_derivatives
+
+
+class PendingBatchNormFunction(torch.autograd.Function):
+    """(raw, scale, shift, passed): raw and passed are x; the gradient of raw is that before the scale, of passed x's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, norm, backend):
+        rows = x.numel() // x.shape[1]
+        if norm.training:
+            mean, var = pending.statistics(x, backend)
+            if norm.group is not None:
+                mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
+            else:
+                check_rows(x)
+            bn.update_running(running_mean, running_var, mean, var, None, rows, norm.momentum)
+        else:
+            mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+        scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps)
+        ctx.save_for_backward(x if norm.training else None, weight, mean, invstd)
+        ctx.arguments = (norm, rows, backend)
+        ctx.set_materialize_grads(False)
+        return x.detach(), scale, shift, x
+
+    @staticmethod
+    def backward(ctx, grad_raw, grad_scale, grad_shift, grad_passed):
+        refuse_second_derivatives()
+        if grad_raw is None:
+            return grad_passed, *[None] * 6
+        x, weight, mean, invstd = ctx.saved_tensors
+        norm, rows, backend = ctx.arguments
+        a, b, c, grad_weight, grad_bias = bn.affine_backward(
+            grad_scale, grad_shift, mean, invstd, weight, rows, norm.training, norm.group
+        )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = pending.corrected(grad_raw, grad_raw if x is None else x, a, b, c, backend)
+            grad_x = grad_x if grad_passed is None else grad_x.add_(grad_passed)
+        grads = (
+            grad if need else None
+            for grad, need in zip((grad_weight, grad_bias), ctx.needs_input_grad[1:3], strict=True)
+        )
+        return grad_x, *grads, *[None] * 4
