@@ -74,7 +74,7 @@ class Join:
 
 
 class Folded:
-    """Evaluation without gradients: f(conv(z) with batch norm in the weight + residual), computed by its first reader."""
+    """Evaluation without gradients: f(conv(z) with batch norm in it + residual), computed by its first reader."""
 
     def __init__(self, run, activation=None, slope=0.0, residual=None):
         self.run = run  # of activation, slope, residual

@@ -12,7 +12,7 @@ from fastcnn.ops.conv_batch_norm import check_rows, refuse_second_derivatives
 
 
 class PendingBatchNormFunction(torch.autograd.Function):
-    """(raw, scale, shift, passed): raw and passed are x; the gradient of raw is that before the scale, of passed x's."""
+    """(raw, scale, shift, passed): raw and passed are x; raw's gradient is that before the scale, passed's x's."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, norm, backend):
