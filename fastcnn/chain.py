@@ -10,6 +10,8 @@ Each reader of a value leaves in it the tensor from which the next one shall rea
 belong to one forward pass, and their functions must run in its order.
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -165,6 +167,13 @@ def _in_one_dtype(value, weight):
     return value, weight.to(conv2d.compute_dtype(weight))
 
 
+def _without_autocast(tensor):
+    """Context in which PyTorch's convolutions, where they run, take the dtypes as they are."""
+    if common.autocast_enabled(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _geometry(x, conv):
     """The fused.Convolution of this module on an image of x's size."""
     size, *where = conv2d.check_convolution(
@@ -224,7 +233,7 @@ def _read(x, conv, gamma, beta, running_mean, running_var, norm):
     if norm is None and bias is not None:
         bias = bias.to(weight.dtype)
     e = expression
-    with torch.autocast(e.x.device.type, enabled=False):
+    with _without_autocast(e.x):
         y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
             e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
             running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend,
