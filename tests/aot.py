@@ -13,7 +13,6 @@ commit shows what it did to the machine code. --op and --target compare and upda
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import multiprocessing
@@ -27,9 +26,8 @@ from pathlib import Path
 
 import aot_report
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
+
+from fastcnn.study.launches import intercepted
 
 TARGETS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes one block may have (CUDA programming guide)
@@ -59,39 +57,6 @@ class Usage:
         return aot_report.Row(
             self.kernel, self.case, self.target, self.registers, self.shared, self.warps, resident, **mix
         )
-
-
-class _Driver:
-    # device index = compute capability: Triton caches compiled kernels per device
-    def __init__(self, target):
-        self.target = target
-
-    def get_current_device(self):
-        return self.target
-
-    def get_current_stream(self, device=None):
-        return 0
-
-    def get_current_target(self):
-        return GPUTarget("cuda", self.target, 32)
-
-    def get_device_interface(self):
-        return None
-
-
-@contextlib.contextmanager
-def launches(target, seen):
-    """Inside the block every launch becomes `seen(kernel function, grid, compile)`; compile() -> CompiledKernel."""
-    run, previous = JITFunction.run, driver._active
-
-    def launch(self, *args, grid, warmup, **kwargs):
-        return seen(self.fn, grid, lambda: run(self, *args, grid=grid, warmup=True, **kwargs))
-
-    driver._active, JITFunction.run = _Driver(target), launch
-    try:
-        yield
-    finally:
-        driver._active, JITFunction.run = previous, run
 
 
 def measure(compiled, kernel, case, target, grid=(1,)):
@@ -182,7 +147,8 @@ def compile_case(op, index, target):
         reason = (str(error).strip().splitlines() or [""])[-1]
         found.append(Usage(kernel, label, target, [f"{type(error).__name__}: {reason}"]))
 
-    def seen(fn, grid, compile):
+    def seen(kernel, grid, args, kwargs, compile):
+        fn = kernel.fn
         try:
             usage = measure(compile(), fn.__name__, label, target, grid)
         except Exception as error:
@@ -197,7 +163,7 @@ def compile_case(op, index, target):
             usage.kernel += f" #{len(versions) + 1}"
         found.append(usage)
 
-    with launches(target, seen):
+    with intercepted(target, seen):
         try:
             call()
         except Exception as error:
@@ -210,7 +176,7 @@ def launched_kernels(op):
     from aot_cases import CASES
 
     names = set()
-    with launches(90, lambda fn, grid, compile: names.add(fn.__name__)):
+    with intercepted(90, lambda kernel, *launch: names.add(kernel.fn.__name__)):
         for _, call in CASES[op]():
             call()
     return names

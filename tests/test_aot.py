@@ -33,10 +33,10 @@ def usage_of(target, m, n, k, grid=(1,), **options):
     found = []
     tensor = torch.empty(0, dtype=torch.bfloat16, device="meta")
 
-    def seen(fn, grid, compile):
-        found.append(aot.measure(compile(), fn.__name__, "test", target, grid))
+    def seen(kernel, grid, args, kwargs, compile):
+        found.append(aot.measure(compile(), kernel.fn.__name__, "test", target, grid))
 
-    with aot.launches(target, seen):
+    with aot.intercepted(target, seen):
         dot_kernel[grid](tensor, tensor, tensor, 1024, M=m, N=n, K=k, **options)
     return found[0]
 

@@ -118,9 +118,9 @@ def test_the_chip_is_that_of_triton_s_driver(monkeypatch):
     from triton.runtime.driver import driver
 
     meta = torch.device("meta")
-    with aot.launches(80, None):
+    with aot.intercepted(80, None):
         assert chips.chip(meta) is A100
-    with aot.launches(100, None):
+    with aot.intercepted(100, None):
         assert chips.chip(meta) is B200
     monkeypatch.setattr(driver, "_active", None)
     monkeypatch.setattr(driver, "_default", None, raising=False)
@@ -378,7 +378,7 @@ def test_every_target_of_a_stand_in_driver_has_its_own_choice():
 
     meta, found = torch.device("meta"), []
     for target in (80, 90, 80):
-        with aot.launches(target, None):
+        with aot.intercepted(target, None):
             found.append(choose(conv(), meta, None, False).family)
     assert found == ["gather", "images", "gather"]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import conv2d, pending
+from fastcnn.ops import batch_statistics, conv2d, pending
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -73,12 +73,6 @@ def _convolve(z, weight, bias, geometry, backend, **fused):
     return conv2d.conv2d_forward(z, weight, bias, *geometry, channels_last, "conv", among, **fused)
 
 
-def _from_sums(y, sums, pivot):
-    n = y.numel() // y.shape[1]
-    distance = sums[0] / n
-    return pivot + distance, (sums[1] / n - distance * distance).clamp(min=0)
-
-
 def check_rows(y):
     """Raise unless batch norm has two values per channel to take statistics of."""
     if y.numel() // y.shape[1] <= 1:
@@ -99,7 +93,7 @@ def _with_statistics(z, weight, geometry, running_mean, norm, backend, fused):
         dtype = pending.vector_dtype(z)
         pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running_mean is None else running_mean.to(dtype)
         y, sums = _convolve(z, weight, None, geometry, backend, pivot=pivot, **fused)
-        mean, var = _from_sums(y, sums, pivot)
+        mean, var = batch_statistics.from_sums(y, sums, pivot)
     else:
         y = _convolve(z, weight, None, geometry, backend)
         mean, var = pending.statistics(y, backend)
