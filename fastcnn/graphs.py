@@ -17,6 +17,7 @@ Source: "CUDA Graphs" in PyTorch's notes on CUDA semantics.
 """
 
 import contextlib
+import gc
 import linecache
 import logging
 import os
@@ -62,7 +63,7 @@ def graphed_step(model, loss_fn, optimizer, *, autocast=None, scaler=None, warmu
 
     Raises:
         TypeError, ValueError: an argument is none of these, or model and optimizer are not on one device.
-        NotImplementedError: the model is distributed over processes: its collectives are not recorded.
+        NotImplementedError: the model is distributed (DDP, FSDP2, DataParallel).
         RuntimeError: (by the function, after its last call before the recording) the step waits for the GPU, which a
             graph cannot; the message names the lines. Or recording it failed; then start a new process.
     """
@@ -74,9 +75,10 @@ def graphed_step(model, loss_fn, optimizer, *, autocast=None, scaler=None, warmu
     reason = _why_not(optimizer, scaler)
     if reason is not None:
         raise ValueError(reason)
-    if isinstance(model, nn.parallel.DistributedDataParallel) or any(map(is_dtensor, model.parameters())):
+    several = isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
+    if several or any(map(is_dtensor, model.parameters())):
         raise NotImplementedError(
-            f"graphed_step takes models on one GPU: {type(model).__name__} talks to other processes in its step"
+            f"graphed_step takes models on one GPU, and this {type(model).__name__} is on several"
         )
     return _GraphedStep(model, loss_fn, optimizer, autocast, scaler, device, warmup, _Recorder(device))
 
@@ -264,6 +266,8 @@ class _Recorder:
     def record(self, function):
         """Record what the function launches; nothing runs. Returns its result, which every `replay` fills anew."""
         graph = torch.cuda.CUDAGraph()
+        # what is left of steps on other streams, in reference cycles, would draw those into the capture
+        gc.collect()
         try:
             # the outer context restores the stream, which torch.cuda.graph does not after a failure;
             # thread_local: the thread of a DataLoader that pins memory goes on meanwhile

@@ -10,6 +10,8 @@ import fastcnn
 from fastcnn import graphs, nn, optim
 from fastcnn.nn import functional as F
 
+LANES = ("triton",)
+
 
 class Counted(nn.Module):
     """A small network with all that training changes besides weights."""
@@ -98,7 +100,9 @@ class Recording:
         groups, modules = self.optimizer.param_groups, list(self.model.modules())
         before = [dict(group) for group in groups], [module.training for module in modules]
         self._set(groups, self.groups, modules, self.modes)
+        grad_norm = getattr(self.optimizer, "grad_norm", None)
         loss, norm = self.function()
+        self.optimizer.grad_norm = grad_norm
         self._set(groups, before[0], modules, before[1])
         self.results[0].copy_(loss)
         if norm is not None:
@@ -222,6 +226,28 @@ def test_a_learning_rate_tensor_of_the_user_is_read_where_it_is():
         assert torch.equal(step(*batch(i)), eager(*b, *batch(i)))
     assert a[1].param_groups[0]["lr"] is rate and "drop" not in recording.log
     assert_same(a, b)
+
+
+@pytest.mark.parametrize("kind", optim.__all__)
+def test_a_learning_rate_in_memory_gives_the_same_bits(lane, kind):
+    optimizers = []
+    for _ in "ab":
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(shape, device=lane.device)) for shape in [(3, 5), (7,)]]
+        optimizers.append(getattr(optim, kind)(parameters, lr=0.1, weight_decay=0.01))
+    a, b = optimizers
+    rates = graphs._Rates(a, lane.device)
+    for i in range(3):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = p.detach().sin()
+        rates.refresh()
+        with rates.in_groups():
+            a.step()
+        b.step()
+    for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_failing_step_leaves_the_groups_as_they_were():
