@@ -4,7 +4,7 @@ from fastcnn.backends import backend, env, explain, strict
 
 __version__ = "0.1.0"
 SUBMODULES = ("data", "functional", "models", "nn", "optim", "study", "testing", "train")
-__all__ = ["backend", "env", "explain", "graphed_step", "strict", *SUBMODULES]
+__all__ = ["backend", "convert", "env", "explain", "graphed_step", "revert", "strict", "verify", *SUBMODULES]
 
 
 def __getattr__(name):
@@ -17,4 +17,8 @@ def __getattr__(name):
         from fastcnn.graphs import graphed_step
 
         return graphed_step
+    if name in ("convert", "revert", "verify"):
+        from fastcnn import conversion
+
+        return getattr(conversion, name)
     raise AttributeError(f"module 'fastcnn' has no attribute {name!r}")
