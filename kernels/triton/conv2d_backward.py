@@ -4,10 +4,10 @@ Its pixels are rows, so with dy the gradient of the output (M pixels x K), z the
 
     dz = dy @ w            dw = dy.T @ z
 
-and both need the same rows of dy, which is made of two tensors where there is a correction. Here a block of rows is read
-once: dy is computed, rounded and multiplied from both sides. dw stays in registers for a whole band of pixels, which
-bounds filters x channels of a program; more channels are split over programs, which read dy again. Both products are
-computed transposed: so dy is the right side of either, which tensor cores read from shared memory, and no registers
+and both need the same rows of dy, which is made of two tensors where there is a correction. Here a block of rows is
+read once: dy is computed, rounded and multiplied from both sides. dw stays in registers for a whole band of pixels,
+which bounds filters x channels of a program; more channels are split over programs, which read dy again. Both products
+are computed transposed: so dy is the right side of either, which tensor cores read from shared memory, and no registers
 hold it.
 """
 
@@ -57,8 +57,8 @@ def conv2d_backward_kernel(
     BLOCK_K: tl.constexpr,  # not below K
     STAGES: tl.constexpr,
 ):
-    # one program computes dx of a band of pixels x BLOCK_C channels and, summed over the band, dw of all filters x these
-    # channels
+    # one program computes dx of a band of pixels x BLOCK_C channels and, summed over the band, dw of all filters x
+    # these channels
     C, K, _ = multiples(C, K, 0, 8)
     stride_x = C if stride_x is None else stride_x // 8 * 8
     stride_left = C if stride_left is None else stride_left // 8 * 8
