@@ -22,6 +22,8 @@ from fastcnn.ops import conv_batch_norm as fused
 from fastcnn.ops import pending as passes
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.batch_norm_affine import affine
+from fastcnn.ops.concatenate import ConcatenateFunction
+from fastcnn.ops.dense_block import DenseBlockFunction, SharedBatchNormFunction, Step
 from fastcnn.ops.materialize import MaterializeFunction
 from fastcnn.ops.pending_batch_norm import PendingBatchNormFunction
 
@@ -75,6 +77,13 @@ class Join:
         return self.left.expression()._replace(right=right, right_scale=scale, right_shift=shift, out=self.out)
 
 
+class Measured:
+    """A tensor of many parts whose makers took their statistics: raw [N, C, H, W]; mean, biased var [C], or None."""
+
+    def __init__(self, raw, mean, var):
+        self.raw, self.mean, self.var = raw, mean, var
+
+
 class Folded:
     """Evaluation without gradients: f(conv(z) with batch norm in it + residual), computed by its first reader."""
 
@@ -89,7 +98,7 @@ class Folded:
         return Folded(self.run, **(parts | changes))
 
 
-VALUES = (Pending, Join, Folded)
+VALUES = (Pending, Join, Folded, Measured)
 
 
 def materialize(value):
@@ -105,7 +114,7 @@ def materialize(value):
     if isinstance(value, Pending):
         z, value.raw = _stored(value.expression(), value.scaled)
         return z
-    return value
+    return value.raw if isinstance(value, Measured) else value
 
 
 def _stored(expression, scaled):
@@ -196,13 +205,14 @@ def _runs_plainly(value, conv):
     )
 
 
-def conv_batch_norm(x, conv, bn):
+def conv_batch_norm(x, conv, bn, out=None):
     """bn(conv(x)), not yet computed.
 
     Args:
         x: tensor [N, C, H, W] or value.
         conv: torch.nn.Conv2d with zero padding. bn: torch.nn.BatchNorm2d or SyncBatchNorm of its channels. Their
             parameters, statistics and training flags are read, and updated, as their own calls would.
+        out: the fastcnn.ops.concatenate.Slot where the convolution writes, or None; cat then copies nothing.
 
     Returns:
         Pending (Folded in evaluation without gradients), or a tensor where the layers ran one by one.
@@ -212,7 +222,7 @@ def conv_batch_norm(x, conv, bn):
     norm, running_mean, running_var = _norm(bn)
     if not norm.training and not torch.is_grad_enabled():
         return _folded(x, conv, bn, norm)
-    y, scale, shift = _read(x, conv, bn.weight, bn.bias, running_mean, running_var, norm)
+    y, scale, shift = _read(x, conv, bn.weight, bn.bias, running_mean, running_var, norm, out)
     return Pending(y, scale, shift)
 
 
@@ -223,7 +233,7 @@ def conv(x, conv):
     return _read(x, conv, None, None, None, None, None)[0]
 
 
-def _read(x, conv, gamma, beta, running_mean, running_var, norm):
+def _read(x, conv, gamma, beta, running_mean, running_var, norm, slot=None):
     """(y, scale, shift)"""
     x, weight = _in_one_dtype(x, conv.weight)
     expression, scaled, leave = _readable(x)
@@ -236,7 +246,7 @@ def _read(x, conv, gamma, beta, running_mean, running_var, norm):
     with _without_autocast(e.x):
         y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
             e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
-            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend,
+            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot,
         )  # fmt: skip
     leave(z, passed)
     return y, scale, shift
@@ -264,6 +274,11 @@ def batch_norm(x, bn):
         return bn(tensor)
     norm, running_mean, running_var = _norm(bn)
     backend = fused.op.route(tensor, lambda backend: None)
+    if isinstance(x, Measured) and x.mean is not None and norm.training and norm.group is None:
+        vectors = SharedBatchNormFunction.apply(
+            x.raw, x.mean, x.var, bn.weight, bn.bias, running_mean, running_var, norm, backend
+        )
+        return Pending(*vectors, scaled=True)
     raw, scale, shift, passed = PendingBatchNormFunction.apply(
         tensor, bn.weight, bn.bias, running_mean, running_var, norm, backend
     )
@@ -288,6 +303,7 @@ def activate(x, kind, slope=0.0):
 def add(a, b):
     """a + b of values or tensors of one shape; a Join or Folded where one of them is a value."""
     a, b = (x.result if isinstance(x, Join) and x.result is not None else x for x in (a, b))
+    a, b = (materialize(x) if isinstance(x, Pending) and x.scaled else x for x in (a, b))  # a join has one gradient
     folded = [x for x in (a, b) if isinstance(x, Folded) and x.result is None and x.activation is x.residual is None]
     if folded:
         other = materialize(b if folded[0] is a else a)
@@ -340,5 +356,68 @@ def mean(x, keepdim=False):
 
 
 def cat(values):
-    """Values or tensors side by side along the channels, a tensor."""
+    """Values or tensors side by side along the channels; a Pending where all are that, with one activation.
+
+    Nothing is copied where the convolutions wrote slots of one fastcnn.ops.concatenate.Buffer, one behind the other.
+    """
+    first = values[0]
+    form = lambda value: (value.activation, value.slope, value.raw.dtype, value.raw.shape[:1] + value.raw.shape[2:])
+    if all(isinstance(v, Pending) and v.scale is not None and v.gate is None and not v.scaled for v in values):
+        if all(form(value) == form(first) for value in values):
+            raw = ConcatenateFunction.apply(*(value.raw for value in values))
+            scale, shift = (torch.cat([getattr(value, name) for value in values]) for name in ("scale", "shift"))
+            return Pending(raw, scale, shift, first.activation, first.slope)
     return torch.cat([materialize(value) for value in values], 1)
+
+
+def dense_block(features, layers, activation="relu", slope=0.0):
+    """The channels of features and those of all layers side by side.
+
+    Args:
+        features: tensor [N, C, H, W] or value.
+        layers: objects with batch norms norm1, norm2 and convolutions conv1, conv2. A layer adds the channels
+            conv2(f(norm2(conv1(f(norm1(all channels before it)))))).
+        activation, slope: f, a name in KINDS.
+
+    Returns:
+        Measured, or a tensor where the layers ran one by one.
+    """
+    layers, x = list(layers), materialize(features)
+    if not layers or not _share_a_buffer(x, layers):
+        features = [x]
+        for layer in layers:
+            z = activate(batch_norm(cat(features), layer.norm1), activation, slope)
+            z = activate(conv_batch_norm(z, layer.conv1, layer.norm2), activation, slope)
+            features.append(conv(z, layer.conv2))
+        return torch.cat(features, 1)
+    x, _ = _in_one_dtype(x, layers[0].conv1.weight)
+    steps, parameters = [], []
+    for layer in layers:
+        for bn, convolution in ((layer.norm1, layer.conv1), (layer.norm2, layer.conv2)):
+            geometry = _geometry(x[:, :1].expand(-1, convolution.in_channels, -1, -1), convolution)
+            steps.append(Step(*_norm(bn), geometry))
+            weight = convolution.weight
+            parameters += [bn.weight, bn.bias, weight.to(conv2d.compute_dtype(weight))]
+    backend = fused.op.route(x, lambda backend: None)
+    with _without_autocast(x):
+        return Measured(*DenseBlockFunction.apply(x, steps, activation, slope, backend, *parameters))
+
+
+def _share_a_buffer(x, layers):
+    """Whether DenseBlockFunction computes these layers."""
+    if _runs_plainly(x, layers[0].conv1):
+        return False
+    channels, dtype = x.shape[1], conv2d.compute_dtype(layers[0].conv1.weight)
+    for layer in layers:
+        sizes = channels, layer.conv1.out_channels
+        for bn, convolution, c in zip((layer.norm1, layer.norm2), (layer.conv1, layer.conv2), sizes, strict=True):
+            if (
+                (bn.num_features, convolution.in_channels, convolution.padding_mode) != (c, c, "zeros")
+                or convolution.bias is not None
+                or conv2d.compute_dtype(convolution.weight) != dtype
+                or _geometry(x[:, :1].expand(-1, c, -1, -1), convolution).size != tuple(x.shape[2:])
+                or (isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized())
+            ):
+                return False
+        channels += layer.conv2.out_channels
+    return True

@@ -110,7 +110,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, scale, shift, gate, right, right_scale, right_shift, weight, bias, gamma, beta, running_mean,
-        running_var, activation, slope, out, scaled, geometry, norm, backend,
+        running_var, activation, slope, out, scaled, geometry, norm, backend, slot=None,
     ):  # fmt: skip
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
         loads, fused = _loads(e, backend), {}
@@ -118,19 +118,24 @@ class ConvBatchNormFunction(torch.autograd.Function):
             z, fused["pending"] = x, Pending(scale, shift, activation, slope)
         else:
             z = x if e.is_plain else pending.pending_forward(*e, backend)
+        if slot is not None and backend == "triton":
+            channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
+            fused["out"] = slot.tensor(z, weight.shape[0], geometry.size, channels_last)
         batch = norm is not None and norm.training
-        vectors, mean, invstd, rows = (None, None), None, None, 1
+        vectors, mean, invstd, rows, running = (None, None), None, None, 1, None
         if batch:
-            # a constant before batch norm moves the running mean and nothing else
             y, mean, var, rows = _with_statistics(z, weight, geometry, running_mean, norm, backend, fused)
-            bn.update_running(running_mean, running_var, mean, var, bias, rows, norm.momentum)
+            # a constant before batch norm moves the running mean and nothing else
+            running = bn.Running(running_mean, running_var, bias, rows, norm.momentum)
         else:
             y = _convolve(z, weight, bias if norm is None else None, geometry, backend, **fused)
+        if slot is not None and backend != "triton":
+            y = slot.filled(y)
         if norm is not None:
             if not batch:
                 mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
                 mean = mean if bias is None else mean - bias
-            *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps)
+            *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps, backend, running)
         ctx.save_for_backward(
             None if e.is_sum else x, scale, shift, gate, None if right_scale is None else right, right_scale,
             z if e.is_join else None, weight, gamma, y if batch else None, mean, invstd,
@@ -155,7 +160,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         else:
             if norm is not None:
                 a, b, c, grad_gamma, grad_beta = bn.affine_backward(
-                    grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group
+                    grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group, backend
                 )
                 correction = Correction(y if norm.training else grad_y, a, b, c)
             if needs[8]:
@@ -169,7 +174,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         return (
             *grads,
             *(grad if need else None for grad, need in zip(parameters, needs[7:11], strict=True)),
-            *[None] * 9,
+            *[None] * 10,
         )
 
 
