@@ -3,7 +3,8 @@
     make results        (python -m fastcnn.benchmarks.predict)
 
 The page benchmarks/results/resnet50-convolutions-predicted.md is made here from the shapes of shapes.json, the model of
-fastcnn/ops/conv_prediction.py and the result rows of such a GPU, once there are any; a test fails when it differs.
+fastcnn/ops/conv_prediction.py and the result rows of such a GPU, once there are any; a test fails when it differs. And
+resnet50-pending-predicted.md: the layers that read a pending activation, and the two ways to read it.
 """
 
 import math
@@ -15,12 +16,14 @@ from fastcnn import tune
 from fastcnn.benchmarks import shapes
 from fastcnn.benchmarks.rows import newest, read_rows
 from fastcnn.ops.chips import CHIPS, SUSTAINED
-from fastcnn.ops.conv_prediction import ranked, roofline
+from fastcnn.ops.conv_prediction import pending_seconds, ranked, roofline
 from fastcnn.ops.conv_problem import KINDS
 
 NETWORK, GPU, BATCH, DTYPE = "resnet50", "h100-sxm", 256, torch.bfloat16
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = f"{NETWORK}-convolutions-predicted.md"
+PENDING_PAGE = f"{NETWORK}-pending-predicted.md"
+PENDING_GPUS = (GPU, "a100-sxm")
 # what rows call the passes
 PASSES = dict(zip(KINDS, ("forward", "grad_input", "grad_weight"), strict=True))
 NOT_MEASURED = "**Not yet measured on a GPU**: every launch below carries the mark *predicted*."
@@ -107,10 +110,44 @@ def page(rows):
     )
 
 
+def pending_page():
+    """The text of the page about pending activations."""
+    head, ends = ["shape", "layers"], ["---", "---:"]
+    for gpu in PENDING_GPUS:
+        head += [f"{gpu}: on load µs", "written µs", "choice"]
+        ends += ["---:", "---:", "---"]
+    table = [head, ends]
+    for layer, problems in layers():
+        problem = problems["forward"]
+        if not layer["input_grad"]:  # reads the image
+            continue
+        cells = [str(problem).removeprefix("forward ").split(f", {problem.arithmetic}")[0], str(layer["count"])]
+        for gpu in PENDING_GPUS:
+            on_load, written = pending_seconds(problem, CHIPS[gpu])
+            cells += [f"{on_load * 1e6:.0f}", f"{written * 1e6:.0f}", "written" if written < on_load else "on load"]
+        table.append(cells)
+    return "\n".join(
+        [
+            f"# {NETWORK}'s pending activations, on load or written once: bfloat16, channels_last, batch {BATCH}",
+            "",
+            "**Not yet measured on a GPU**: every time below is *predicted*.",
+            "",
+            "Forward and gradient of the weight of a convolution whose input is relu(x * scale + shift), together. On "
+            "load: both kernels transform what they load, once for every tap and tile of columns. Written: a pass over "
+            "memory writes z before forward and, since z is not kept, once more in backward. The choice is what "
+            "`conv_launch.should_materialize` says; every layer but the first is listed as if its input were pending.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in table),
+            "",
+        ]
+    )
+
+
 def main(folder=RESULTS):
-    """Write the page into a folder of result files."""
-    (folder / PAGE).write_text(page(read_rows(folder)))
-    print(f"{folder.parent.name}/{folder.name}/{PAGE}")
+    """Write the pages into a folder of result files."""
+    for name, text in ((PAGE, page(read_rows(folder))), (PENDING_PAGE, pending_page())):
+        (folder / name).write_text(text)
+        print(f"{folder.parent.name}/{folder.name}/{name}")
 
 
 if __name__ == "__main__":

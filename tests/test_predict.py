@@ -1,12 +1,15 @@
 """The page of predicted convolutions: the committed one is what the model gives; measured rows find their place."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastcnn.benchmarks import predict
 from fastcnn.benchmarks.rows import read_rows
-from fastcnn.ops.conv_prediction import ranked
+from fastcnn.ops import conv2d, conv_launch
+from fastcnn.ops.conv_prediction import pending_seconds, ranked
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 
@@ -31,6 +34,34 @@ def lines(page):
 def test_the_committed_page_is_the_model_s():
     committed = (RESULTS / predict.PAGE).read_text()
     assert committed == predict.page(read_rows(RESULTS)), "run `make results` and commit what it writes"
+
+
+def test_the_committed_page_of_pending_activations_is_the_model_s():
+    assert (RESULTS / predict.PENDING_PAGE).read_text() == predict.pending_page(), "run `make results` and commit it"
+
+
+def test_what_is_materialized_is_what_the_predictions_say(monkeypatch):
+    """ResNet-50 with every input pending, from tensors."""
+    choices = {}
+    for gpu, written in ((predict.GPU, 0), ("a100-sxm", 2)):
+        monkeypatch.setattr(conv_launch, "chip", lambda device, gpu=gpu: predict.CHIPS[gpu])
+        choices[gpu] = []
+        for layer, problems in predict.layers():
+            p = problems["forward"]
+            how = dict(dtype=torch.bfloat16, device="meta", memory_format=torch.channels_last)
+            x, w = torch.empty((p.n, p.c, p.h, p.w), **how), torch.empty((p.k, p.c // p.groups, p.r, p.s), **how)
+            if layer["input_grad"]:
+                geometry = (p.p, p.q), p.stride, p.padding, p.dilation, p.groups, True, "conv"
+                choices[gpu].append(conv2d.should_materialize(x, w, *geometry))
+                on_load, write = pending_seconds(p, predict.CHIPS[gpu])
+                assert choices[gpu][-1] == (write < on_load)
+        assert sum(choices[gpu]) == written
+    # the transform can only cost, and writing costs two passes
+    deep = dataclasses.replace(p, n=256, c=512, k=512, h=7, w=7, p=7, q=7, r=3, s=3, padding=(1, 1))
+    h100 = predict.CHIPS[predict.GPU]
+    pending = [dataclasses.replace(deep, fused=True, pending=pending) for pending in (True, False)]
+    slow, fast = (ranked(one, h100)[0][0].seconds for one in pending)
+    assert slow >= fast
 
 
 def test_all_shapes_and_passes():
@@ -72,10 +103,12 @@ def test_measured_rows_stand_beside_their_predictions():
     assert predict.NOT_MEASURED not in page
 
 
-def test_the_command_writes_the_page(tmp_path, capsys):
+def test_the_command_writes_the_pages(tmp_path, capsys):
     predict.main(tmp_path)
     assert (tmp_path / predict.PAGE).read_text() == predict.page([])
-    assert capsys.readouterr().out.endswith(f"{tmp_path.name}/{predict.PAGE}\n")
+    assert (tmp_path / predict.PENDING_PAGE).read_text() == predict.pending_page()
+    pages = f"{tmp_path.name}/{predict.PAGE}", f"{tmp_path.name}/{predict.PENDING_PAGE}"
+    assert all(line.endswith(page) for line, page in zip(capsys.readouterr().out.split(), pages, strict=True))
 
 
 @pytest.mark.parametrize("column, words", [(3, "images"), (5, "memory"), (5, "L2")])

@@ -358,6 +358,20 @@ def conv2d_backward_weight(
     return _chosen(problem, run, backend, input, correction=correction, pending=pending)
 
 
+def should_materialize(input, weight, size, stride, padding, dilation, groups, channels_last, tf32_switch):
+    """Whether to write a pending activation of input before forward, and once more in backward: the predicted faster.
+
+    Arguments as for conv2d_forward; see conv_launch.should_materialize.
+    """
+    geometry = stride, padding, dilation, groups
+    precision = precision_of(input, tf32_switch)
+    y = _empty_image(input.to("meta"), weight.shape[0], size, channels_last)
+    if y.numel() == 0:
+        return False
+    problem = problem_of("forward", input, weight, y, geometry, precision)
+    return conv_launch.should_materialize(problem, input.device)
+
+
 def conv2d_backward_bias(grad_output, backend):
     """Gradient of the bias [K]: the sum over everything but the channels."""
     grad_bias = torch.empty(grad_output.shape[1], dtype=grad_output.dtype, device=grad_output.device)

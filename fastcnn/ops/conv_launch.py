@@ -13,10 +13,21 @@ import torch
 
 from fastcnn.ops import launch_cache
 from fastcnn.ops.chips import chip
-from fastcnn.ops.conv_prediction import ranked, why_not
+from fastcnn.ops.conv_prediction import pending_seconds, ranked, why_not
 from fastcnn.ops.conv_problem import KINDS, Launch, Problem, is_one_pixel
 
-__all__ = ["KINDS", "Choice", "Launch", "Problem", "choose", "is_one_pixel", "measure", "table", "use"]
+__all__ = [
+    "KINDS",
+    "Choice",
+    "Launch",
+    "Problem",
+    "choose",
+    "is_one_pixel",
+    "measure",
+    "should_materialize",
+    "table",
+    "use",
+]
 
 CUDNN = Launch("cudnn")
 REPETITIONS = 5  # of each, one after the other in turn, when a first call measures
@@ -114,6 +125,22 @@ def choose(problem, device, run, allow_cudnn, variant=()):
             return _while_capturing(problem, allow_cudnn)
         _ran.add(key)
     return launch
+
+
+def should_materialize(problem, device):
+    """Whether a pending activation is better written once than applied on load by forward and gradient of the weight.
+
+    By `conv_prediction.pending_seconds`: a 3x3 filter transforms every element nine times in each of the two passes,
+    which may cost more than two passes over memory where images are small and the convolution is bound by arithmetic.
+    1x1 filters are bound by memory, where writing is what costs. Predicted, not measured: see
+    benchmarks/results/resnet50-pending-predicted.md.
+
+    Args:
+        problem: the forward Problem, with `pending`.
+        device: torch.device of the tensors.
+    """
+    on_load, written = pending_seconds(problem, chip(device))
+    return written < on_load
 
 
 def _where(device):

@@ -7,6 +7,7 @@ here stands in the constants below.
 """
 
 import dataclasses
+import functools
 import math
 
 from fastcnn.ops import conv2d_stem
@@ -31,6 +32,9 @@ WAVES = (1, 2, 3, 4)  # how often the splits of a gradient of the weight may fil
 LATENCY = 1000
 TILE_END = 500
 GATHER_INSTRUCTIONS = 10
+# Instructions for one element of a pending activation with a relu, counted in the machine code of sm_90 (silu: 20).
+# An SM issues 128 a cycle, and a program multiplies a block only when it is transformed
+TRANSFORM_INSTRUCTIONS = 4
 START = 2e-6  # seconds from one kernel's end to the next one's first step
 EXPOSED = 0.1  # share of the shorter of compute and memory that the longer one does not hide
 OTHER_REGISTERS = 64  # of a thread beside its accumulators, in a tile that is in no table
@@ -47,8 +51,8 @@ class Prediction:
         waves: tiles over the programs that the chip holds.
         compute: seconds if memory were infinitely fast.
         memory: seconds that its bytes alone take.
-        limit: what a step waits for: "tensor cores" (or the fp32 units), "shared memory", "L2", "addresses", "latency";
-            "memory" where the bytes take longer than all steps.
+        limit: what a step waits for: "tensor cores" (or the fp32 units), "shared memory", "L2", "addresses", "latency",
+            "transform"; "memory" where the bytes take longer than all steps.
     """
 
     seconds: float
@@ -346,6 +350,11 @@ def _step(problem, launch, chip, resident, active):
         # one line of the cache is looked up in a cycle, of which a short row fills a part
         row = size * (min(m, n) if problem.kind == "backward_weight" else k)
         cycles["addresses"] = max(loaded / unit * GATHER_INSTRUCTIONS / 128, loaded / min(row, 128))
+    if problem.pending:
+        side = n if problem.kind == "backward_weight" and launch.family != "images" else m
+        transform = side * k * TRANSFORM_INSTRUCTIONS / 128
+        # other programs of the SM multiply meanwhile
+        cycles["transform"] = max(transform, (transform + cycles["tensor cores"]) / resident)
     return cycles
 
 
@@ -403,6 +412,31 @@ def ranked(problem, chip):
     """[(Prediction, Launch)] of all candidates, the fastest first."""
     found = [(predict(problem, launch, chip), launch) for launch in candidates(problem, chip)]
     return sorted(found, key=lambda pair: pair[0].seconds)
+
+
+@functools.lru_cache(maxsize=1024)
+def pending_seconds(problem, chip):
+    """What forward and gradient of the weight take where a pending activation is the input: the two ways to read it.
+
+    Written once, z is a temporary tensor: a pass over memory makes it before forward, and once more in backward. On
+    load nothing is written, but a filter's taps, and tiles of other columns, transform the same elements again.
+
+    Args:
+        problem: of the forward pass.
+
+    Returns:
+        (seconds with the activation applied on load, seconds with it written, of which the two passes are part).
+    """
+    sides = []
+    for pending in (True, False):
+        passes = (
+            dataclasses.replace(problem, kind=kind, fused=True, pending=pending)
+            for kind in ("forward", "backward_weight")
+        )
+        sides.append(sum(ranked(one, chip)[0][0].seconds for one in passes))
+    elements = problem.n * problem.c * problem.h * problem.w
+    write = START + 2 * problem.itemsize * elements / chip.bytes_per_second
+    return sides[0], sides[1] + 2 * write
 
 
 def roofline(problem, chip):

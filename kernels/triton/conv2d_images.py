@@ -326,11 +326,13 @@ def conv2d_images_backward_weight_kernel(
         y_pixel = (first_p + p) * Q + first_q + q
         x = x_desc.load([image, x_pixel * x_pitch + g * C + first_c])  # [BLOCK_K, BLOCK_M]
         dy = dy_desc.load([image, y_pixel * y_pitch + g * K + first_k])  # [BLOCK_K, BLOCK_N]
-        # rows past the batch are zero, where a transform could make Inf of them
         valid = ((image + tl.arange(0, BLOCK_K)) < N)[:, None]
         if PENDING is not None:
             z = pending_activation(x.to(tl.float32), scale, shift, PENDING_SLOPE, PENDING)
-            x = tl.where(valid, z, 0.0).to(x.dtype)
+            # past the batch dy is zero; fp16 could make Inf of z there
+            if x.dtype == tl.float16:
+                z = tl.where(valid, z, 0.0)
+            x = z.to(x.dtype)
         if CORRECTED:
             other = corrected_desc.load([image, y_pixel * y_pitch + g * K + first_k]).to(tl.float32)
             dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)

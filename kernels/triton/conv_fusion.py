@@ -17,6 +17,8 @@ def pending_activation(x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.cons
     u = x * scale + shift
     if ACTIVATION == "none":
         return u
+    elif ACTIVATION == "relu":  # one instruction, where the comparison of `activate` and its select are two
+        return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return activate(u, SLOPE, ACTIVATION)
 
