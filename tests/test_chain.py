@@ -80,7 +80,6 @@ class Random(nn.Module):
         kinds += ["batch_norm", "conv", "multiply", "drop_path", "max_pool2d", "avg_pool2d", "cat", "materialize"]
         for step in range(steps):
             kind = "conv_batch_norm" if step == 0 else draw.choice(kinds)
-            recent = lambda: max(0, step - draw.choice([0, 0, 0, 1, 1, 2, 3]))
             layers, name = [], None
             if kind in ("conv_batch_norm", "conv", "cat"):
                 wide = 2 if kind == "cat" else 1
@@ -92,13 +91,17 @@ class Random(nn.Module):
                 layers[-1].train(draw.random() < 0.8)  # the others are frozen
             if kind == "activate":
                 name = draw.choice(["relu", "relu", "silu", "leaky_relu", "hardswish", "sigmoid"])
-            self.steps.append((kind, name, recent(), recent(), len(self.layers)))
+            self.steps.append((kind, name, *self.recent(step, draw), len(self.layers)))
             self.layers.extend(layers)
         for tensor in [*self.parameters(), *(m.running_mean for m in self.layers if isinstance(m, nn.BatchNorm2d))]:
             tensor.data.add_(torch.randn(tensor.shape) * 0.3)
         for bn in self.layers:
             if isinstance(bn, nn.BatchNorm2d) and bn.weight is not None:
                 bn.weight.data[0] = 0.0  # nothing may divide by the scale
+
+    @staticmethod
+    def recent(step, draw):
+        return [max(0, step - draw.choice([0, 0, 0, 1, 1, 2, 3])) for _ in range(2)]
 
     def forward(self, x, api):
         images = [x]
@@ -150,12 +153,12 @@ def run(seed, steps, api, device, channels_last, grad=True):
     return results
 
 
-SEEDS = range(12 if INTERPRET else 30)
+SEEDS = range(6 if INTERPRET else 30)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_networks_have_the_gradients_of_torchs(lane, seed):
-    steps = 12 if INTERPRET else 16
+    steps = 8 if INTERPRET else 16
     ours = run(seed, steps, chain, lane.device, channels_last=seed % 2 == 0)
     expected = run(seed, steps, Plain, lane.device, channels_last=seed % 2 == 0)
     assert any(t is not None and t.abs().sum() > 0 for t in expected)
