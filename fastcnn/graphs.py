@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from fastcnn.optim.multi_tensor import MultiTensorStep
+from fastcnn.optim.options import OPTIONS
 from fastcnn.optim.table import is_dtensor
 
 logger = logging.getLogger("fastcnn")
@@ -55,7 +56,8 @@ def graphed_step(model, loss_fn, optimizer, *, autocast=None, scaler=None, warmu
         function (input, target) -> loss: one step on tensors on any device (pinned memory makes their copies
         asynchronous). It drops gradients that are there, runs model, loss, backward pass and optimizer, and leaves no
         gradients behind. The loss is a tensor of its own, detached. Batches shaped otherwise than that of the first
-        call, such as the last of an epoch, run without the graph and need memory of their own.
+        call, such as the last of an epoch, run without the graph and need memory of their own; for larger images later
+        in the training, make a new step.
 
     A graph repeats work on the GPU and no Python: hooks run, and numbers in the model's attributes are looked at, while
     it is recorded. It is recorded again after a change of training mode, of requires_grad, of an option of the
@@ -115,11 +117,11 @@ class _GraphedStep(_Step):
         super().__init__(model, loss_fn, optimizer, autocast, scaler, device)
         self.warmup, self.recorder = warmup, recorder
         self.rates = _Rates(optimizer, device)
-        self.modules, self.parameters = list(model.modules()), list(model.parameters())
+        self.options = {*optimizer.defaults, *OPTIONS}
         self.batch = None  # where the graph reads input and target
         self.done = 0  # steps since something changed
         self.premises = None  # of the graph, once there is one
-        self.held = None  # what the premises know by its id
+        self.modules = self.parameters = self.held = None  # whom the premises are about
         self.results = None  # where the graph writes
 
     def __call__(self, input, target):
@@ -131,7 +133,7 @@ class _GraphedStep(_Step):
                 "option, state or memory), so it is recorded again"
             )
             self.recorder.drop()
-            self.premises, self.held, self.results, self.done = None, None, None, 0
+            self.premises, self.results, self.done = None, None, 0
         if not self._load(input, target):
             with self.rates.in_groups():
                 return self._run(input, target)[0]
@@ -158,17 +160,23 @@ class _GraphedStep(_Step):
         return True
 
     def _warm_up(self):
-        self.done += 1
+        # the first may compile and measure, which waits for the GPU; the last must be as the graph will be
+        run = self.recorder.rehearse if self.done == self.warmup - 1 else self.recorder.warm_up
         with self.rates.in_groups():
-            # the first may compile and measure, which waits for the GPU; the last must be as the graph will be
-            run = self.recorder.rehearse if self.done == self.warmup else self.recorder.warm_up
-            return run(lambda: self._run(*self.batch))[0]
+            loss, _ = run(lambda: self._run(*self.batch))
+        self.done += 1  # not after an error: what may not be recorded is not tried
+        return loss
 
     def _record(self):
         with self.rates.in_groups():
             self.results = self.recorder.record(lambda: self._run(*self.batch))
+        groups = self.optimizer.param_groups
+        self.modules = list(self.model.modules())
+        known = [*self.model.parameters(), *(p for group in groups for p in group["params"])]
+        self.parameters = list({id(p): p for p in known}.values())
+        # what the premises know by its id must live
+        self.held = [*self.optimizer.state.values(), *map(dict, groups)]
         self.premises = self._premises()
-        self.held = [*self.optimizer.state.values(), *map(dict, self.optimizer.param_groups)]
 
     def _premises(self):
         """What a graph keeps as it was when it was recorded, and Python would look at in every step."""
@@ -177,10 +185,11 @@ class _GraphedStep(_Step):
             (name, id(value) if isinstance(value, torch.Tensor) else value)
             for group in groups
             for name, value in group.items()
-            if name in self.optimizer.defaults and (name != "lr" or isinstance(value, torch.Tensor))
+            if name in self.options and (name != "lr" or isinstance(value, torch.Tensor))
         ]
+        options.append(self.optimizer.defaults.get("max_grad_norm"))
         parameters = [(p.data_ptr(), p.requires_grad) for p in self.parameters]
-        parameters += [(p.data_ptr(), p.requires_grad) for group in groups for p in group["params"]]
+        parameters += [len(group["params"]) for group in groups]
         # load_state_dict puts new tensors into new dictionaries
         state = [id(value) for value in self.optimizer.state.values()]
         return options, parameters, state, [module.training for module in self.modules]

@@ -192,7 +192,8 @@ def test_every_call_is_one_step_of_the_loop(kind, options, amp):
 CHANGES = {
     "mode": lambda model, optimizer: model.norm.eval(),
     "requires_grad": lambda model, optimizer: model.conv.weight.requires_grad_(False),
-    "option": lambda model, optimizer: optimizer.param_groups[0].update(weight_decay=0.1),
+    "option": lambda model, optimizer: optimizer.param_groups[0].update(l1=0.1),
+    "clipping": lambda model, optimizer: optimizer.defaults.update(max_grad_norm=0.1),
     "momentum": lambda model, optimizer: optimizer.param_groups[0].update(momentum=0.5),
     "state": lambda model, optimizer: optimizer.load_state_dict(optimizer.state_dict()),
     "memory": lambda model, optimizer: setattr(model.conv.weight, "data", model.conv.weight.data.clone()),
@@ -248,6 +249,21 @@ def test_a_learning_rate_in_memory_gives_the_same_bits(lane, kind):
         b.step()
     for p, q in zip(*(optimizer.param_groups[0]["params"] for optimizer in optimizers), strict=True):
         assert torch.equal(p, q)
+
+
+def test_what_may_not_be_recorded_is_not_tried():
+    step, recording = recorded(*make(), warmup=2)
+
+    def rehearse(function):
+        function()
+        raise RuntimeError("it waits")
+
+    recording.rehearse = rehearse
+    step(*batch(0))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="it waits"):
+            step(*batch(0))
+    assert recording.log == ["run"]
 
 
 def test_a_failing_step_leaves_the_groups_as_they_were():

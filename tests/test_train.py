@@ -230,6 +230,15 @@ def test_the_step_of_cuda_graphs_is_the_step_of_the_loop(finished, tmp_path, mon
         assert_same(*(load_checkpoint(out / "last.pt")[name] for out in (tmp_path, finished[0])))
 
 
+@pytest.mark.gpu
+def test_training_from_a_cuda_graph(tmp_path):
+    for name, graphs in (("eager", False), ("graphs", True)):
+        train(config(tmp_path / name, device="cuda", cuda_graph=graphs))
+    for eager, graphed in zip(rows(tmp_path / "eager"), rows(tmp_path / "graphs"), strict=True):
+        for name in ("lr", "train_loss", "val_loss", "train_accuracy"):
+            assert float(graphed[name]) == pytest.approx(float(eager[name]), rel=1e-3, abs=1e-6)
+
+
 def test_a_model_is_fused_before_its_optimizer_is_made(tmp_path, monkeypatch):
     def convert(model, fuse):
         assert fuse is True

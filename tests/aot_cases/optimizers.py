@@ -28,7 +28,8 @@ def optimizers():
     yield "sgd", case(sgd())
     yield "sgd momentum decay", case(sgd(momentum=0.9, weight_decay=1e-4))
     yield "sgd nesterov decay amp", case(sgd(momentum=0.9, weight_decay=1e-4, nesterov=True), amp=True)
-    yield "sgd lr tensor", case(lambda params: optim.SGD(params, lr=torch.tensor(0.1), momentum=0.9))
+    rate = torch.tensor(0.1, dtype=torch.float64)  # as in a CUDA graph
+    yield "sgd lr tensor", case(lambda params: optim.SGD(params, lr=rate, momentum=0.9))
     yield "adam", case(adam())
     yield "adam l2", case(adam(weight_decay=1e-4))
     yield "adam amsgrad amp", case(adam(amsgrad=True), amp=True)
