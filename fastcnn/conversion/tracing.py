@@ -359,9 +359,13 @@ def _copied(value):
 def _attributes(module):
     # one level into objects that hold options, too
     found = [vars(module)]
-    for value in vars(module).values():
-        if hasattr(value, "__dict__") and not isinstance(
-            value, (torch.nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+    for name, value in vars(module).items():
+        if (
+            name != "_fastcnn_unit"
+            and hasattr(value, "__dict__")
+            and not isinstance(
+                value, (torch.nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
+            )
         ):
             found.append(vars(value))
     return found

@@ -153,13 +153,14 @@ def install(module, unit):
     if why is None:
         arguments = example_arguments(original_class(module).forward)
         situation = _situation(*arguments) if arguments is not None else None
+        vars(module)[KEY] = unit
+        module.__class__ = unit_class(type(module))
         if situation is not None:
             why = unit.program(module, *arguments, situation).opaque.get("")
             if why is not None:
                 unit.refused[unit.prefix.rstrip(".")] = why
-                return  # its inner modules were tried with it
-        vars(module)[KEY] = unit
-        module.__class__ = unit_class(type(module))
+                module.__class__ = original_class(module)
+                del vars(module)[KEY]  # its inner modules were tried with it
         return
     unit.install_inside(module, "")
 
