@@ -5,28 +5,43 @@ Vectors [C] in fp32 (fp64 for fp64) beside the tensor x, which nobody reads or w
 gradient of u. Source: Ioffe and Szegedy 2015.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 
+from fastcnn.ops import batch_norm_passes, common
 
-def affine(mean, var, weight, bias, eps):
-    """(scale, shift, 1 / sqrt(var + eps)); weight and bias may be None."""
+BLOCK = 256  # channels per program
+
+
+class Running(NamedTuple):
+    """The running statistics and how a batch moves them: running += momentum * (batch - running)."""
+
+    mean: torch.Tensor | None
+    var: torch.Tensor | None  # unbiased
+    offset: torch.Tensor | None  # what the batch's mean lacks: a convolution's bias
+    rows: int | torch.Tensor  # elements per channel
+    momentum: float
+
+
+def affine(mean, var, weight, bias, eps, backend="torch", running=None):
+    """(scale, shift, 1 / sqrt(var + eps)); weight and bias may be None. Moves the running statistics, if any."""
+    running = None if running is None or running.mean is None else running
+    if backend == "triton" and (running is None or (running.mean.is_contiguous() and running.var.is_contiguous())):
+        return _affine(mean, var, weight, bias, eps, running)
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(invstd.dtype), mean, scale, value=-1)
+    if running is not None:
+        batch = mean if running.offset is None else mean + running.offset.to(mean.dtype)
+        running.mean.lerp_(batch.to(running.mean.dtype), running.momentum)
+        unbiased = var * (running.rows / (running.rows - 1))
+        running.var.lerp_(unbiased.to(running.var.dtype), running.momentum)
     return scale, shift, invstd
 
 
-def update_running(running_mean, running_var, mean, var, offset, rows, momentum):
-    """Move the running statistics towards the batch's, in place; offset: what mean lacks (a convolution's bias)."""
-    if running_mean is None:
-        return
-    mean = mean if offset is None else mean + offset.to(mean.dtype)
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_((var * (rows / (rows - 1))).to(running_var.dtype), momentum)
-
-
-def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training, group):
+def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training, group, backend="torch"):
     """Gradients from those of scale (sum of du * x) and shift (sum of du).
 
     Args:
@@ -36,6 +51,8 @@ def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training
     Returns:
         (a, b, c, grad_weight, grad_bias), the latter two of this process's batch.
     """
+    if backend == "triton" and group is None:
+        return _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training)
     scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
     grad_bias = grad_shift
     grad_weight = (grad_scale - mean * grad_shift) * invstd
@@ -65,3 +82,44 @@ def gather_statistics(mean, var, rows, group):
     shift = (counts * distances).sum(0) / total
     squares = torch.where(counts > 0, counts * (variances + (distances - shift) ** 2), 0.0)
     return pivot + shift, squares.sum(0) / total, total
+
+
+# Triton
+
+
+def _dense(*vectors):
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _affine(mean, var, weight, bias, eps, running):
+    from fastcnn.kernels.triton.batch_norm_affine import batch_norm_affine_kernel
+
+    running = Running(None, None, None, 1, 0.0) if running is None else running
+    mean, var, weight, bias, offset = _dense(mean, var, weight, bias, running.offset)
+    scale, shift, invstd = (torch.empty_like(mean) for _ in range(3))
+    c = mean.numel()
+    counted = isinstance(running.rows, torch.Tensor)  # of all processes
+    with common.device_guard(mean):
+        batch_norm_affine_kernel[(-(-c // BLOCK),)](
+            mean, var, weight, bias, scale, shift, invstd, running.mean, running.var, offset,
+            running.rows if counted else None, c, 0 if counted else running.rows,
+            *batch_norm_passes.two_floats(running.momentum), EPS=eps, BLOCK=BLOCK,
+        )  # fmt: skip
+    if running.mean is not None:
+        torch.autograd.graph.increment_version(running[:2])
+    return scale, shift, invstd
+
+
+def _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training):
+    from fastcnn.kernels.triton.batch_norm_affine import batch_norm_affine_backward_kernel
+
+    grad_scale, grad_shift, mean, invstd, weight = _dense(grad_scale, grad_shift, mean, invstd, weight)
+    a, b, c = (torch.empty_like(mean) for _ in range(3))
+    grad_weight, grad_bias = (torch.empty_like(mean if weight is None else weight) for _ in range(2))
+    channels = mean.numel()
+    with common.device_guard(mean):
+        batch_norm_affine_backward_kernel[(-(-channels // BLOCK),)](
+            grad_scale, grad_shift, mean, invstd, weight, a, b, c, grad_weight, grad_bias, channels, rows,
+            TRAINING=training, BLOCK=BLOCK,
+        )  # fmt: skip
+    return a, b, c, grad_weight, grad_bias

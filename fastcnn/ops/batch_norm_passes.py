@@ -101,15 +101,19 @@ def slope(activation):
 # Triton
 
 
-def _launch_plan(x, view, C, masked=False):
-    """Grid, positional and keyword arguments of a launch: tiles of whole memory rows, strips enough to fill a GPU."""
+def launch_plan(x, view, C, masked=False, part=1):
+    """Grid, positional and keyword arguments of a launch: tiles of whole memory rows, strips enough to fill a GPU.
+
+    part: tiles have so many times fewer elements than others.
+    """
+    tile = TILE // part
     by_channel = view.stride_c == 1
     if by_channel:
         block_c = min(max(_power_of_two(C), 8 if masked else 1), 64)
-        block_i = TILE // block_c
+        block_i = tile // block_c
     else:
-        block_i = min(max(_power_of_two(view.inner), 8 if masked else 1), 1024, TILE)
-        block_c = min(_power_of_two(C), TILE // block_i)
+        block_i = min(max(_power_of_two(view.inner), 8 if masked else 1), 1024, tile)
+        block_c = min(_power_of_two(C), tile // block_i)
     tiles = view.outer * _cdiv(view.inner, block_i)
     c_blocks = _cdiv(C, block_c)
     tiles_per_strip = _cdiv(tiles, max(1, PROGRAMS // c_blocks))
@@ -134,7 +138,7 @@ def _finalize_grid(C):
     return (_cdiv(C, FINALIZE["BLOCK_C"]),)
 
 
-def _two_floats(value):
+def two_floats(value):
     # a float argument reaches a kernel in fp32; fp64 kernels add what rounding took
     (high,) = struct.unpack("f", struct.pack("f", value))
     return high, value - high
@@ -145,7 +149,7 @@ def strip_records(x, view):
     from fastcnn.kernels.triton.batch_norm import batch_norm_statistics_kernel
 
     C = channels(x)
-    grid, where, how = _launch_plan(x, view, C)
+    grid, where, how = launch_plan(x, view, C)
     records = torch.empty((grid[0], 4, C), dtype=statistics_dtype(x), device=x.device)
     batch_norm_statistics_kernel[grid](x, records, C, *where, **how)
     return records
@@ -157,7 +161,7 @@ def merge(records, mean, invstd, running_mean, running_var, momentum, eps):
 
     count, _, C = records.shape
     batch_norm_finalize_kernel[_finalize_grid(C)](
-        records, None, mean, invstd, running_mean, running_var, C, count, *_two_floats(momentum), EPS=eps, **FINALIZE
+        records, None, mean, invstd, running_mean, running_var, C, count, *two_floats(momentum), EPS=eps, **FINALIZE
     )
 
 
@@ -178,7 +182,7 @@ def apply(x, residual, y, mask, view, affine, activation):
     from fastcnn.kernels.triton.batch_norm import batch_norm_apply_kernel
 
     C = channels(x)
-    grid, where, how = _launch_plan(x, view, C, mask is not None)
+    grid, where, how = launch_plan(x, view, C, mask is not None)
     batch_norm_apply_kernel[grid](
         x, residual, y, mask, affine.mean, affine.spread, affine.weight, affine.bias, C, *where,
         EPS=affine.eps, TRAINING=affine.training, KIND=activation, SLOPE=slope(activation), **how,
@@ -190,7 +194,7 @@ def backward_sums(grad_output, x, residual, mask, view, affine, activation, grad
     from fastcnn.kernels.triton import batch_norm as kernels
 
     C = channels(x)
-    grid, where, how = _launch_plan(x, view, C, mask is not None)
+    grid, where, how = launch_plan(x, view, C, mask is not None)
     partial = torch.empty((grid[0], 2, C), dtype=statistics_dtype(x), device=x.device)
     sums = torch.empty((2, C), dtype=partial.dtype, device=x.device)
     kernels.batch_norm_backward_reduce_kernel[grid](
@@ -211,7 +215,7 @@ def backward_apply(
     from fastcnn.kernels.triton.batch_norm import batch_norm_backward_apply_kernel
 
     C = channels(x)
-    grid, where, how = _launch_plan(x, view, C, mask is not None)
+    grid, where, how = launch_plan(x, view, C, mask is not None)
     batch_norm_backward_apply_kernel[grid](
         grad_output, x, residual, mask, grad_input, grad_residual,
         affine.mean, affine.spread, affine.weight, affine.bias, sums, rows, C, *where,

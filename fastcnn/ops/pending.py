@@ -20,6 +20,10 @@ import torch
 
 from fastcnn.ops import batch_norm_passes, common
 from fastcnn.ops.activation import activation_reference
+from fastcnn.ops.conv2d import suggests_channels_last
+
+SUM_PARTS = 256  # partial sums that one program adds at a time
+SUM_COLUMNS = 8
 
 
 class Expression(NamedTuple):
@@ -57,6 +61,11 @@ def vector_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def layout_of(x):
+    """The layout of what is computed from x: channels_last also where x is some of the channels of wider images."""
+    return torch.channels_last if suggests_channels_last(x) else torch.contiguous_format
+
+
 def _per_channel(vector, like):
     return vector.to(like.dtype).view(1, -1, 1, 1)
 
@@ -89,9 +98,11 @@ def _wide(tensor):
 
 def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out, backend):
     """z, in the layout of x."""
+    if backend == "triton":
+        return _forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
     e = Expression(_wide(x), scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
     e = e if right is None else e._replace(right=_wide(right))
-    return pending_reference(e).to(x.dtype).contiguous(memory_format=batch_norm_passes.memory_format(x))
+    return pending_reference(e).to(x.dtype).contiguous(memory_format=layout_of(x))
 
 
 def pending_backward(
@@ -104,7 +115,8 @@ def pending_backward(
         grad_output: of z.
         add: a further gradient, or None: of z in a join, of u (scaled: of x) else. The sums do not contain the latter.
         join: whether there is a right side.
-        x: None where no part of the left side but x itself is there. right: needed with right_scale; z: where out is "relu".
+        x: None where no part of the left side but x itself is there.
+        right: needed with right_scale. z: where out is "relu".
         scaled: whether grad_x is multiplied by scale, as the true gradient is.
 
     Returns:
@@ -113,6 +125,11 @@ def pending_backward(
         grad_x itself where they are equal. Empty: sums without scale, what belongs to a side that is not there, and
         grad_gate unless need_gate.
     """
+    if backend == "triton":
+        return _backward(
+            grad_output, add, x, scale, shift, activation, slope, gate, join, right, right_scale, z, out, need_gate,
+            scaled,
+        )  # fmt: skip
     like = grad_output if x is None else x
     empty = like.new_empty(0)
     grad, wide = _wide(grad_output), None if x is None else _wide(x)
@@ -139,7 +156,7 @@ def pending_backward(
     if add is not None and not join:
         grad_x = grad_x + _wide(add)
     same = grad_x is dm
-    layout = batch_norm_passes.memory_format(like)
+    layout = layout_of(like)
     narrow = lambda t: t.to(like.dtype).contiguous(memory_format=layout)
     grad_x = narrow(grad_x)
     grad_right = empty if not join else grad_x if same else narrow(dm)
@@ -152,17 +169,165 @@ def _sums(grad, tensor):
 
 def sums(grad, tensor, backend):
     """[2, C]: the sums of grad * tensor and of grad over everything but the channels."""
+    if backend == "triton":
+        return _gradients(grad, tensor)[0]
     return _sums(_wide(grad), _wide(tensor))
 
 
 def corrected(grad_output, y, a, b, c, backend):
     """grad_output * a + b * y + c per channel: the gradient of y, whose statistics batch norm used."""
+    if backend == "triton":
+        return _forward(grad_output, a, c, "none", 0.0, None, y, b, None, "none", y)
     grad, wide = _wide(grad_output), _wide(y)
     result = grad * _per_channel(a, grad) + _per_channel(b, grad) * wide + _per_channel(c, grad)
-    return result.to(y.dtype).contiguous(memory_format=batch_norm_passes.memory_format(y))
+    return result.to(y.dtype).contiguous(memory_format=layout_of(y))
 
 
 def statistics(x, backend):
     """(mean, biased variance) per channel of x [N, C, H, W], in fp32 (fp64 for fp64)."""
+    if backend == "triton" and x.numel() > 0:
+        layout = layout_of(x)
+        with common.device_guard(x):
+            records = batch_norm_passes.strip_records(
+                x.contiguous(memory_format=layout), batch_norm_passes.view_of(x.shape, layout)
+            )
+            count, pivot, distance, squares = batch_norm_passes.merge_to_record(records)
+        return pivot + distance, squares / count
     var, mean = torch.var_mean(_wide(x), (0, 2, 3), correction=0)
     return mean, var
+
+
+# Triton
+
+
+class _Launch(NamedTuple):
+    """The layout of a pass over x, and its launch; with a gate every tile lies within one image."""
+
+    layout: torch.memory_format
+    grid: tuple
+    where: tuple  # integers that say where tiles lie
+    tiles: int
+    how: dict  # compile-time values
+
+    @classmethod
+    def over(cls, x, gate):
+        n, c, h, w = x.shape
+        layout = layout_of(x)
+        view = batch_norm_passes.view_of(x.shape, layout)
+        if gate is not None:
+            rows = layout == torch.channels_last or h * w == 1
+            view = batch_norm_passes.View(n, h * w, c * h * w, *((c, 1) if rows else (1, h * w)))
+        # four sums per element of a tile in fp64 take more registers than there are
+        grid, where, how = batch_norm_passes.launch_plan(x, view, c, part=2 if x.dtype == torch.float64 else 1)
+        one_gate = gate is not None and gate.shape[1] == 1
+        return cls(layout, grid, (c, *where), where[1], how | dict(ONE_GATE=one_gate))
+
+    def ordered(self, *tensors):
+        """The tensors in this layout."""
+        return [None if t is None else t.contiguous(memory_format=self.layout) for t in tensors]
+
+
+def _dense(*vectors):
+    return [None if vector is None else vector.contiguous() for vector in vectors]
+
+
+def _forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out, like=None):
+    """z, of the dtype and layout of `like` (None: x)."""
+    from fastcnn.kernels.triton.pending import pending_forward_kernel
+
+    like = x if like is None else like
+    z = torch.empty_like(like, memory_format=layout_of(like))
+    if z.numel() == 0:
+        return z
+    launch = _Launch.over(like, gate)
+    x, right = launch.ordered(x, right)
+    scale, shift, gate, right_scale, right_shift = _dense(scale, shift, gate, right_scale, right_shift)
+    with common.device_guard(z):
+        pending_forward_kernel[launch.grid](
+            x, scale, shift, gate, right, right_scale, right_shift, z, *launch.where,
+            ACTIVATION=activation, SLOPE=slope, OUT=out, **launch.how,
+        )  # fmt: skip
+    return z
+
+
+def _backward(
+    grad_output, add, x, scale, shift, activation, slope, gate, join, right, right_scale, z, out, need_gate, scaled
+):  # fmt: skip
+    like = grad_output if x is None else x
+    layout = layout_of(like)
+    new = lambda: torch.empty_like(like, memory_format=layout)
+    grad_output = grad_output.to(like.dtype).contiguous(memory_format=layout)
+    empty = like.new_empty(0)
+    scaled = scaled and scale is not None
+    # what is grad_output as it came is not written again, nor what both sides share
+    dm_is_new = out != "none" or (join and add is not None)
+    du_is_dm = gate is None and activation == "none" and not scaled and (join or add is None)
+    written_right = None
+    if du_is_dm:
+        written = new() if dm_is_new else None
+        grad_x = grad_right = grad_output if written is None else written
+    else:
+        grad_x = written = new()
+        written_right = new() if join and dm_is_new else None
+        grad_right = grad_output if written_right is None else written_right
+    sums, grad_gate = _gradients(
+        grad_output, x, add, scale, shift, activation, slope, gate, right if right_scale is not None else None,
+        z if out != "none" else None, written, written_right, join, scaled, scale is not None, need_gate,
+    )  # fmt: skip
+    left = empty if scale is None else sums[:2]
+    right_sums = empty if right_scale is None else sums[-2:]
+    return grad_x, left, grad_right if join else empty, right_sums, grad_gate if need_gate else empty
+
+
+def _gradients(
+    grad, x, add=None, scale=None, shift=None, activation="none", slope=0.0, gate=None, right=None, z=None,
+    grad_x=None, grad_right=None, join=False, scaled=False, left_sums=True, need_gate=False,
+):  # fmt: skip
+    """Write grad_x and grad_right, unless None; (sums [2 or 4, C] or None, grad_gate or None).
+
+    right: where its sums are wanted. z: where the gradient ends where z does not exceed 0.
+    """
+    from fastcnn.kernels.triton.pending import pending_backward_kernel
+
+    n, c = grad.shape[:2]
+    count = 2 * left_sums + 2 * (right is not None)
+    if grad.numel() == 0:
+        sums = torch.zeros((count, c), dtype=vector_dtype(grad), device=grad.device)
+        return sums, torch.zeros_like(gate) if need_gate else None
+    if grad_x is grad_right is None and count == 0 and not need_gate:
+        return None, None
+    launch = _Launch.over(grad if x is None else x, gate)
+    grad, x, add, right, z = launch.ordered(grad, x, add, right, z)
+    scale, shift, gate = _dense(scale, shift, gate)
+    partial = per_tile = sums = None
+    new = lambda *shape: torch.empty(shape, dtype=vector_dtype(grad), device=grad.device)
+    if count > 0:
+        partial = new(1, launch.grid[0], count * c)
+    if need_gate:
+        per_tile = new(n, launch.tiles // n, c)
+    with common.device_guard(grad):
+        pending_backward_kernel[launch.grid](
+            grad, add, x, scale, shift, gate, right, z, grad_x, grad_right, partial, per_tile, *launch.where,
+            ACTIVATION=activation, SLOPE=slope, JOIN=join, SCALED=scaled, LEFT_SUMS=left_sums,
+            RIGHT_SUMS=right is not None, **launch.how,
+        )  # fmt: skip
+        if count > 0:
+            sums = _added(partial, vector_dtype(grad)).view(count, c)
+        if not need_gate:
+            return sums, None
+        if gate.shape[1] == 1:
+            return sums, _added(per_tile, vector_dtype(grad)).sum(1, keepdim=True).to(gate.dtype)
+        return sums, _added(per_tile, gate.dtype)
+
+
+def _added(partial, dtype):
+    """[groups, columns], the sum over the parts of partial [groups, parts, columns], in their order."""
+    from fastcnn.kernels.triton.pending import pending_sums_kernel
+
+    groups, parts, columns = partial.shape
+    sums = torch.empty((groups, columns), dtype=dtype, device=partial.device)
+    block_p = min(SUM_PARTS, 1 << (parts - 1).bit_length())
+    pending_sums_kernel[(groups, -(-columns // SUM_COLUMNS))](
+        partial, sums, columns, parts, INT64=common.exceeds_int32(partial), BLOCK_P=block_p, BLOCK_C=SUM_COLUMNS
+    )
+    return sums

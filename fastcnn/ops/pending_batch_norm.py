@@ -16,17 +16,17 @@ class PendingBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, norm, backend):
-        rows = x.numel() // x.shape[1]
+        rows, running = x.numel() // x.shape[1], None
         if norm.training:
             mean, var = pending.statistics(x, backend)
             if norm.group is not None:
                 mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
             else:
                 check_rows(x)
-            bn.update_running(running_mean, running_var, mean, var, None, rows, norm.momentum)
+            running = bn.Running(running_mean, running_var, None, rows, norm.momentum)
         else:
             mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
-        scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps)
+        scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
         ctx.save_for_backward(x if norm.training else None, weight, mean, invstd)
         ctx.arguments = (norm, rows, backend)
         ctx.set_materialize_grads(False)
@@ -40,7 +40,7 @@ class PendingBatchNormFunction(torch.autograd.Function):
         x, weight, mean, invstd = ctx.saved_tensors
         norm, rows, backend = ctx.arguments
         a, b, c, grad_weight, grad_bias = bn.affine_backward(
-            grad_scale, grad_shift, mean, invstd, weight, rows, norm.training, norm.group
+            grad_scale, grad_shift, mean, invstd, weight, rows, norm.training, norm.group, backend
         )
         grad_x = None
         if ctx.needs_input_grad[0]:

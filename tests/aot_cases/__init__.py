@@ -5,7 +5,9 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 """
 
 from aot_cases.activation import activation
+from aot_cases.chain import batch_norm_vectors, pending_activation
 from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
+from aot_cases.convolution_backward import conv2d_backward
 from aot_cases.losses import cross_entropy, elementwise_loss, multi_margin_loss
 from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
@@ -28,7 +30,9 @@ CASES = {
         adaptive_max_pool2d,
         avg_pool2d,
         batch_norm,
+        batch_norm_vectors,
         conv2d,
+        conv2d_backward,
         conv2d_fused,
         conv2d_tiles,
         conv_transpose2d,
@@ -46,5 +50,6 @@ CASES = {
         max_pool2d,
         multi_margin_loss,
         optimizers,
+        pending_activation,
     )
 }
