@@ -4,14 +4,12 @@ Sizes leave every tile ragged: rows past the last pixel, channels and filters pa
 multiprocessors there are bands of several steps.
 """
 
-import dataclasses
-
 import pytest
 import torch
 
 from fastcnn.ops import chips
 from fastcnn.ops import conv2d_backward as ops
-from fastcnn.ops.conv2d_backward_launch import Backward, Tile
+from fastcnn.ops.conv2d_backward_launch import Tile
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 from fastcnn.testing import assert_close_to_truth
 
@@ -47,7 +45,8 @@ class Layer:
         return wide[:, 8 : 8 + c]
 
     def vector(self, size):
-        return torch.randn(size, device=self.device)
+        # a column: its elements do not follow each other in memory
+        return torch.randn(size, 2, device=self.device)[:, 0]
 
     def options(self, x, correction=True, add=True):
         """x: "plain", "join", "sum" (a join without activation), or an activation of a pending one, "-" if unscaled."""
@@ -127,10 +126,10 @@ def test_shapes(lane, n, c, k, h, w, tile, x):
     layer.check(layer.run(**options, tile=tile), **options)
 
 
-@pytest.mark.parametrize("x", ("relu", "join"))
+@pytest.mark.parametrize("x", ("plain", "relu"))
 def test_channels_of_wider_images_are_read_and_accumulated_in_place(lane, x):
     layer = Layer(lane.device)
-    layer.input, layer.left = layer.slice_of(layer.input), layer.slice_of(layer.left)
+    layer.input = layer.slice_of(layer.input)
     options = layer.options(x)
     wide = layer.image(3, 48, 5, 9)
     before, out = wide.clone(), wide[:, 16:40]
@@ -275,18 +274,3 @@ def test_why_not():
     assert "holds 512 filters" in refused(many_filters)
     with pytest.raises(ValueError, match="exclude each other"):
         layer.run(pending=pending, join=Join(None, layer.left))
-
-
-def test_bytes_are_those_of_the_tensors():
-    # rows, 64 channels, 256 filters: y, its gradient, raw input, what is added, result
-    image, dy = 2 * 1000 * 64, 2 * 1000 * 256
-    layer = Backward(1000, 64, 256, corrected=True, x="pending", added=True)
-    assert layer.bytes_apart == (2 * dy + 3 * image) + (2 * dy + image)
-    assert layer.bytes_together(1) == 2 * dy + 3 * image
-    assert layer.bytes_together(2) == 4 * dy + 3 * image
-    join = dataclasses.replace(layer, x="join", masked=True)
-    assert join.bytes_apart == (2 * dy + 4 * image) + (2 * dy + image)
-    assert join.bytes_together(1) == 2 * dy + 4 * image
-    plain = Backward(1000, 64, 256, corrected=False)
-    assert plain.bytes_apart == (dy + image) + (dy + image)
-    assert plain.bytes_together(1) == dy + 2 * image

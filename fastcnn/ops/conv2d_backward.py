@@ -89,8 +89,9 @@ def why_not(
         return "join.output must be the tensor that the convolution read, input"
     n, c, h, w = input.shape
     images = {"input": input, "add": add, "out": out, "join.left": join and join.left}
-    rows = {"grad_output": grad_output, "correction.y": correction and correction.y, "weight": weight}
-    for name, tensor in (images | rows).items():
+    others = {"grad_output": grad_output, "correction.y": correction and correction.y, "weight": weight}
+    packed = {"join.left", *others} if join is None else {*images, *others}
+    for name, tensor in (images | others).items():
         if tensor is None:
             continue
         shape = (n, c, h, w) if name in images else (k, c, 1, 1) if name == "weight" else (n, k, h, w)
@@ -99,11 +100,11 @@ def why_not(
         if tensor.dtype != input.dtype:
             return f"{name} must have the dtype of input ({input.dtype}), got {tensor.dtype}"
         between = _pixel_stride(tensor)
-        if between is None or (name in rows and between != tensor.shape[1]):
-            gaps = "" if name in images else " and without gaps"
+        if between is None or (name in packed and between != tensor.shape[1]):
+            gaps = " and without gaps" if name in packed else ""
             return f"{name} must be channels_last, with pixels that start on 16 bytes{gaps}"
-    if n * h * w >= 2**31 - 2**20:
-        return f"pixels must be fewer than 2^31, got {n} * {h} * {w}"
+    if n * h * w >= 2**30:
+        return f"one kernel for both gradients counts fewer than 2^30 pixels, got {n} * {h} * {w}"
     problem = _problem(input, k, correction, pending, join, add)
     if launches.choose(problem, chip(input.device)) is None:
         return f"no tile of one kernel for both gradients holds {k} filters"
@@ -133,8 +134,8 @@ def conv2d_backward(
 
     Args:
         grad_output: [N, K, H, W], fp16 or bf16, as every image channels_last.
-        input: [N, C, H, W], what the convolution read: raw with pending, the join's output with join. Its pixels, and
-            those of add, out and join.left, may lie apart: a slice of wider images' channels.
+        input: [N, C, H, W], what the convolution read: raw with pending, the join's output with join. Without join its
+            pixels, and those of add and out, may lie apart: a slice of wider images' channels.
         weight: [K, C, 1, 1].
         correction: conv_fusion.Correction, applied to grad_output as it is loaded, or None.
         pending: the conv_fusion.Pending through which the convolution read its input, or None.
@@ -169,16 +170,17 @@ def conv2d_backward(
     bands, share, _ = launches.bands(problem, tile, here)
     slabs = torch.empty((bands, k * c), dtype=torch.float32, device=input.device)
     partial = torch.empty((bands, 2, c), dtype=torch.float32, device=input.device) if summed else None
-    images = [input, join and join.left, add, grad_input]
+    vectors = lambda tensors: [vector.contiguous() for vector in tensors]
+    images = input, add, grad_input
     strides = [None if image is None or _pixel_stride(image) == c else _pixel_stride(image) for image in images]
     with common.device_guard(input):
         conv2d_backward_kernel[(bands * -(-c // tile.block_c),)](
             grad_output,
-            *(correction or (None,) * 4),
+            *([correction.y, *vectors(correction[1:])] if correction else (None,) * 4),
             weight,
             input,
-            *(pending[:2] if pending else (None, None)),
-            *images[1:],
+            *(vectors(pending[:2]) if pending else (None, None)),
+            *(join and join.left, add, grad_input),
             slabs,
             partial,
             *(problem.rows, c, k, share, *strides),

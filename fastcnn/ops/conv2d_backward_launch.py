@@ -26,18 +26,57 @@ class Tile(NamedTuple):
 
 
 # tile: {chip: {what x is: (registers per thread, KiB of shared memory)}}, compiled in 2026-11 with Triton 3.7.1 with a
-# correction and an addend. What is missing spills, with this Triton or with 3.6.0, or does not fit. A chip that is not
-# named has the numbers of the next one below it
+# correction and an addend, a pending activation with silu; "alone" is without the addend. What is missing spills there,
+# with 3.7.1 or 3.6.0, or does not fit. A chip that is not named has the numbers of the next one below it
 TILES = {
-    Tile(64, 64, 64, 4, 3): {90: {"plain": (160, 98), "join": (160, 98), "pending": (255, 92)}},
-    Tile(64, 128, 64, 8, 3): {90: {"plain": (160, 154), "join": (189, 154), "pending": (255, 142)}},
-    Tile(32, 256, 64, 8, 3): {90: {"plain": (179, 134), "join": (254, 150)}},
-    Tile(32, 64, 128, 4, 3): {90: {"plain": (179, 80), "join": (185, 83), "pending": (255, 81)}},
-    Tile(32, 128, 128, 8, 3): {90: {"plain": (179, 120), "join": (176, 123), "pending": (183, 119)}},
-    Tile(32, 256, 128, 8, 3): {90: {"plain": (255, 200), "join": (255, 203)}},
-    Tile(32, 64, 256, 8, 3): {90: {"plain": (255, 142), "join": (178, 142), "pending": (244, 140)}},
-    Tile(32, 128, 256, 8, 3): {90: {"plain": (255, 198), "join": (255, 198), "pending": (255, 194)}},
+    Tile(32, 64, 64, 4, 3): {
+        80: {"pending": (168, 52)},
+        90: {"pending": (188, 52)},
+    },
+    Tile(64, 64, 64, 4, 3): {
+        80: {"plain": (248, 90), "join": (254, 98)},
+        90: {"plain": (147, 90), "join": (188, 98)},
+        100: {"plain": (102, 98), "join": (142, 114), "pending": (244, 100)},
+    },
+    Tile(32, 128, 64, 8, 3): {
+        80: {"pending": (190, 80)},
+        90: {"pending": (190, 80)},
+    },
+    Tile(64, 128, 64, 8, 3): {
+        80: {"plain": (250, 142), "join": (250, 162)},
+        90: {"plain": (160, 138), "join": (189, 154)},
+        100: {"plain": (102, 154), "join": (138, 186), "pending": (212, 158)},
+    },
+    Tile(32, 256, 64, 8, 3): {
+        80: {"plain": (250, 102), "join": (255, 162)},
+        90: {"plain": (179, 134), "join": (237, 150)},
+        100: {"plain": (109, 142), "join": (151, 174), "pending": (173, 146)},
+    },
+    Tile(32, 64, 128, 4, 3): {
+        80: {"plain": (255, 80), "join": (255, 83), "pending": (255, 81)},
+        90: {"plain": (185, 80), "join": (185, 83), "pending": (255, 81)},
+    },
+    Tile(32, 128, 128, 8, 3): {
+        80: {"plain": (255, 120), "join": (255, 123), "pending": (255, 119)},
+        90: {"plain": (176, 120), "join": (176, 123), "pending": (183, 119)},
+    },
+    Tile(32, 256, 128, 8, 3): {
+        90: {"plain": (252, 187), "join": (255, 203)},
+        100: {"plain": (216, 195), "pending": (220, 199)},
+    },
+    Tile(32, 64, 256, 8, 3): {
+        80: {"plain": (236, 140), "join": (236, 142), "pending": (238, 140)},
+        90: {"plain": (178, 140), "join": (178, 142), "pending": (244, 140)},
+    },
+    Tile(64, 64, 256, 8, 3): {
+        90: {"pending alone": (248, 224)},
+        100: {},
+    },
+    Tile(32, 128, 256, 8, 3): {
+        90: {"plain": (254, 190), "join": (254, 198), "pending": (255, 194)},
+    },
 }
+NOT_COMPILED = 120  # the first capability that nothing above was compiled for
 
 # Assumptions: instructions for an element of the gradient of the output (correction, rounding, its way to shared
 # memory and back) and of the input (activation, epilogue, sums), of which an SM issues 128 a cycle; cycles of a step in
@@ -102,10 +141,13 @@ class Prediction(NamedTuple):
 
 
 def _resources(tile, problem, chip):
-    """(registers, KiB) of a program on the chip, or None."""
+    """(registers, KiB) of a program on the chip, or None where it cannot run."""
     chips = TILES[tile]
-    known = max((arch for arch in chips if arch <= chip.arch), default=None)
-    return chips[known].get(problem.x) if known else None
+    known = max((arch for arch in chips if arch <= chip.arch < NOT_COMPILED), default=None)
+    if known is None:
+        return None
+    found = chips[known].get(problem.x) or (None if problem.added else chips[known].get(f"{problem.x} alone"))
+    return found if found and found[1] * 1024 <= chip.shared_per_block else None
 
 
 def tiles(problem, chip):
@@ -131,7 +173,7 @@ def bands(problem, tile, chip):
     steps = max(1, -(-problem.rows // tile.block_m))
     count = max(1, min(chip.sms * resident // blocks, steps))
     share = -(-steps // count) * tile.block_m
-    return -(-problem.rows // share), share, resident
+    return max(1, -(-problem.rows // share)), share, resident
 
 
 def together(problem, tile, chip):

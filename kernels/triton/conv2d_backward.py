@@ -44,7 +44,6 @@ def conv2d_backward_kernel(
     K,
     share,  # pixels of a band, a multiple of BLOCK_M
     stride_x,  # elements from one pixel to the next; None where it is C
-    stride_left,
     stride_add,
     stride_dx,
     PENDING: tl.constexpr,  # activation of x, None if it is plain
@@ -61,7 +60,6 @@ def conv2d_backward_kernel(
     # these channels
     C, K, _ = multiples(C, K, 0, 8)
     stride_x = C if stride_x is None else stride_x // 8 * 8
-    stride_left = C if stride_left is None else stride_left // 8 * 8
     stride_add = C if stride_add is None else stride_add // 8 * 8
     stride_dx = C if stride_dx is None else stride_dx // 8 * 8
     columns = tl.cdiv(C, BLOCK_C)
@@ -117,8 +115,7 @@ def conv2d_backward_kernel(
             dx += tl.load(pointers, mask=reads_x, other=0.0).to(tl.float32)
         if left_ptr is not None:
             dx = tl.where(x <= 0, 0.0, dx) if MASKED else tl.where(inside, dx, 0.0)
-            pointers = left_ptr + m * stride_left + row[:, None] * stride_left + c[None, :]
-            left = tl.load(pointers, mask=reads_x, other=0.0).to(tl.float32)
+            left = tl.load(left_ptr + m * C + row[:, None] * C + c[None, :], mask=reads_x, other=0.0).to(tl.float32)
             first += tl.sum(dx * left, axis=0)
             second += tl.sum(dx, axis=0)
         pointers = dx_ptr + m * stride_dx + row[:, None] * stride_dx + c[None, :]
