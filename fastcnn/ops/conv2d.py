@@ -207,7 +207,8 @@ def conv2d_forward(
         pending: conv_fusion.Pending, applied to input as it is loaded, or None.
         activation: (name, slope) of the activation of y, or None.
         residual: added before the activation, shaped as y, or None.
-        pivot: [K]; with it, returns (y, sums [2, K]): of y - pivot and of its square over everything but the channels.
+        pivot: [K]; with it, returns (y, sums [S, 2, K]): of y - pivot and of its square over everything but the
+            channels, in S parts, for batch_statistics.from_sums.
         out: where y is written, a slice of wider images' channels for example, or None; it is what is returned.
 
     Raises:
@@ -215,7 +216,7 @@ def conv2d_forward(
     """
     y = _output(out, input, weight.shape[0], size, channels_last)
     if y.numel() == 0:
-        return y if pivot is None else (y, torch.zeros((2, y.shape[1]), dtype=pivot.dtype, device=y.device))
+        return y if pivot is None else (y, torch.zeros((1, 2, y.shape[1]), dtype=pivot.dtype, device=y.device))
     geometry = stride, padding, dilation, groups
     precision = precision_of(input, tf32_switch)
     if residual is not None:

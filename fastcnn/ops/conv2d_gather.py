@@ -15,7 +15,7 @@ import math
 import torch
 
 from fastcnn.ops import common
-from fastcnn.ops.conv_sums import accumulator_dtype, sum_pixels, sum_rows, sum_slabs
+from fastcnn.ops.conv_sums import accumulator_dtype, sum_pixels, sum_rows, sum_rows_in_parts, sum_slabs
 
 BAND = 8  # row tiles that share the column tiles through L2
 COPY_BLOCK = 512
@@ -132,7 +132,8 @@ def forward(
         pivot: [K] in fp32 (fp64 for fp64), or None.
 
     Returns:
-        With a pivot [2, K] in its dtype: the sums of y - pivot and of (y - pivot)^2 over the rounded y. Else None.
+        With a pivot [S, 2, K] in its dtype, to be added up: sums of y - pivot and of its square over the rounded y.
+        Else None.
     """
     from fastcnn.kernels.triton.conv2d import conv2d_forward_kernel
 
@@ -163,7 +164,7 @@ def forward(
             **options,
             **_tile(launch),
         )
-        return None if sums is None else sum_rows(sums)
+        return None if sums is None else sum_rows_in_parts(sums)
 
 
 def backward_input(

@@ -10,7 +10,7 @@ import torch
 
 from fastcnn.ops import common
 from fastcnn.ops.conv_launch import is_one_pixel
-from fastcnn.ops.conv_sums import sum_rows, sum_slabs
+from fastcnn.ops.conv_sums import sum_rows, sum_rows_in_parts, sum_slabs
 
 
 @functools.lru_cache(maxsize=1024)
@@ -130,7 +130,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
     """Launch the kernel that forward and gradient of the input share: x is what is read, y what is written.
 
     Returns:
-        sums [2, channels of y], or None where fusion asks for none.
+        sums [2, channels of y], forward [S, 2, channels] to be added up, or None where fusion asks for none.
     """
     from fastcnn.kernels.triton.conv2d_images import conv2d_images_kernel
 
@@ -179,7 +179,9 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
             SUMS=pivot is not None,
             **_blocks(launch),
         )
-        return None if sums is None else sum_rows(sums)
+        if sums is None:
+            return None
+        return sum_rows(sums) if backward else sum_rows_in_parts(sums)
 
 
 def forward(
@@ -199,7 +201,7 @@ def forward(
     residual=None,
     pivot=None,
 ):
-    """y = act(conv(pending(input)) + bias + residual); returns the sums [2, K] about a pivot, or None."""
+    """y = act(conv(pending(input)) + bias + residual); returns the sums [S, 2, K] about a pivot, or None."""
     geometry = stride, padding, dilation, groups
     fusion = bias, activation, pending, None, residual, None, None, pivot
     return _run_pixels(input, weight, y, geometry, precision, launch, False, fusion)

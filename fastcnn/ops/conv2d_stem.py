@@ -9,7 +9,7 @@ import math
 import torch
 
 from fastcnn.ops import common
-from fastcnn.ops.conv_sums import sum_rows, sum_slabs
+from fastcnn.ops.conv_sums import sum_rows_in_parts, sum_slabs
 
 BOX = (8, 32)  # rows and elements of a row that the largest window may have: a tile of it still fits shared memory
 
@@ -66,7 +66,7 @@ def forward(
     residual=None,
     pivot=None,
 ):
-    """y = act(conv(input) + bias + residual); returns the sums [2, K] about a pivot, or None."""
+    """y = act(conv(input) + bias + residual); returns the sums [S, 2, K] about a pivot, or None."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from fastcnn.kernels.triton.conv2d_stem import conv2d_stem_kernel
@@ -104,7 +104,7 @@ def forward(
             num_warps=launch.warps,
             num_stages=launch.stages,
         )
-        return None if sums is None else sum_rows(sums)
+        return None if sums is None else sum_rows_in_parts(sums)
 
 
 def backward_weight(

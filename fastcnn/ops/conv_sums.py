@@ -34,6 +34,13 @@ def sum_slabs(slabs, out):
 
 def sum_pixels(image, out):
     """out [C] = the sum of image [N, C, H, W], any strides, over everything but the channels."""
+    parts = _sum_shares(image, out)
+    if parts is not out:
+        sum_slabs(parts, out)
+
+
+def _sum_shares(image, out):
+    """Sums [S, C] of shares of the pixels; where there is one share, it is written to out, and that is returned."""
     from fastcnn.kernels.triton.conv_sums import conv2d_backward_bias_kernel
 
     n, c, h, w = image.shape
@@ -53,8 +60,7 @@ def sum_pixels(image, out):
         BLOCK_M=block_m,
         BLOCK_N=block_n,
     )
-    if count > 1:
-        sum_slabs(part, out)
+    return part
 
 
 def sum_rows(partial):
@@ -63,3 +69,10 @@ def sum_rows(partial):
     out = torch.empty((2, c), dtype=partial.dtype, device=partial.device)
     sum_pixels(partial.view(rows, 2 * c, 1, 1), out)
     return out
+
+
+def sum_rows_in_parts(partial):
+    """[S, 2, C], fewer rows with the same sum as partial [rows, 2, C]: for who adds up a few as easily as one."""
+    rows, _, c = partial.shape
+    out = torch.empty((1, 2, c), dtype=partial.dtype, device=partial.device)
+    return _sum_shares(partial.view(rows, 2 * c, 1, 1), out).view(-1, 2, c)
