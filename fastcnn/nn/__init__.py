@@ -8,6 +8,16 @@ from torch.nn import Module, Parameter, init, parallel, parameter, utils  # noqa
 
 from fastcnn import functional  # noqa: F401
 from fastcnn.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh  # noqa: F401
+from fastcnn.nn.blocks import (  # noqa: F401
+    BasicBlock,
+    Block,
+    Bottleneck,
+    ChainSequential,
+    ConvBNAct,
+    DenseBlock,
+    DenseLayer,
+    PreActBlock,
+)
 from fastcnn.nn.conv import Conv2d, ConvTranspose2d, Linear  # noqa: F401
 from fastcnn.nn.dropout import (  # noqa: F401
     DropConnectConv2d,
