@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, pending
+from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, pending
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -198,6 +198,11 @@ class Inputs(NamedTuple):
     def is_plain(self):
         return not self.join and self.scale is None and self.activation == "none" and self.gate is None
 
+    @property
+    def is_scaled_join(self):
+        """Whether it is a join whose left side is x * scale + shift."""
+        return self.join and self.scale is not None and self.activation == "none" and self.gate is None
+
     def again(self, backend):
         """z, made again where it was not kept."""
         if self.join or self.is_plain:
@@ -262,31 +267,40 @@ def _on_gpu(
 ):  # fmt: skip
     """The same on our convolutions: what they can do on load and on store costs no pass of its own."""
     size, channels_last = image
+    window = stride, padding, _, groups = geometry[1:]
     among = conv2d.among_vendors(backend, grad_y)
     loads = inputs.scale is not None and inputs.gate is None and not inputs.join
     loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled) if loads else None
     z = inputs.x if loads else inputs.again(backend)
-    grads = (None,) * 7
-    if need_image:
-        dgrad = lambda **fused: conv2d.conv2d_backward_input(
-            grad_y, weight, None, size, *geometry[1:], channels_last, "conv", among, correction=correction, **fused
-        )
-        if inputs.is_plain:
-            grads = dgrad(add=add), *[None] * 6
-        elif loads:
-            grads = *dgrad(pending=loaded, input=inputs.x, add=add), *[None] * 4
-        elif inputs.join and inputs.scale is not None and inputs.activation == "none" and inputs.gate is None:
-            output = inputs.z if inputs.out == "relu" else None
-            dm, *sums = dgrad(join=Join(output, inputs.x), add=add)
-            right_sums = None if inputs.right_scale is None else pending.sums(dm, inputs.right, backend)
-            grads = dm, *sums, None, dm, *_pair(right_sums)
-        else:
-            grads = inputs.grads(dgrad(), add, need_gate, backend)
+    # what dgrad's epilogue does
+    fused = dict(correction=correction)
+    finishes = inputs.is_plain or loads or inputs.is_scaled_join
+    if finishes:
+        fused |= dict(pending=loaded, add=add)
+        fused["join"] = Join(z if inputs.out == "relu" else None, inputs.x) if inputs.join else None
     grad_weight = None
+    if need_image and need_weight and conv2d_backward.pays(grad_y, z, weight, stride, padding, groups, **fused):
+        dz, grad_weight, sums = conv2d_backward.conv2d_backward(grad_y, z, weight, **fused)
+        need_weight = False
+    elif need_image:
+        raw = dict(input=z) if loads else {}
+        dz = conv2d.conv2d_backward_input(
+            grad_y, weight, None, size, *window, channels_last, "conv", among, **fused, **raw
+        )
+        dz, *sums = (dz,) if isinstance(dz, torch.Tensor) else dz
     if need_weight:
         grad_weight = conv2d.conv2d_backward_weight(
-            grad_y, z, weight, *geometry[1:], "conv", among, correction=correction, pending=loaded
+            grad_y, z, weight, *window, "conv", among, correction=correction, pending=loaded
         )
+    if not need_image:
+        grads = (None,) * 7
+    elif not finishes:
+        grads = inputs.grads(dz, add, need_gate, backend)
+    elif inputs.is_plain:
+        grads = dz, *[None] * 6
+    else:
+        right = None if inputs.right_scale is None else pending.sums(dz, inputs.right, backend)
+        grads = dz, *sums, None, dz if inputs.join else None, *_pair(right)
     return grads, grad_weight
 
 
