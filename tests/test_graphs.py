@@ -350,6 +350,17 @@ def test_optimizers_whose_rate_would_be_frozen_are_refused():
         assert graphs._why_not(optimizer, scaler) is None
 
 
+def test_what_a_gpu_refuses(monkeypatch):
+    monkeypatch.setattr(graphs, "_device", lambda model, optimizer: torch.device("cuda"))
+    monkeypatch.setattr(graphs, "_Recorder", lambda device: None)
+    model, optimizer = make()
+    assert isinstance(fastcnn.graphed_step(model, F.cross_entropy, optimizer), graphs._GraphedStep)
+    with pytest.raises(ValueError, match="keep the learning rate of this Thing for ever"):
+        fastcnn.graphed_step(model, F.cross_entropy, Thing(model.parameters(), 0.1))
+    with pytest.raises(NotImplementedError, match="on one GPU, and this DataParallel is on several"):
+        fastcnn.graphed_step(torch.nn.DataParallel(model), F.cross_entropy, optimizer)
+
+
 def test_the_first_error_of_a_capture_is_told():
     def capture_end():
         raise RuntimeError("CUDA error: operation failed due to a previous error during capture\nmore")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,6 +251,22 @@ def test_a_model_is_fused_before_its_optimizer_is_made(tmp_path, monkeypatch):
     train(config(tmp_path, epochs=1, fuse=True))
     assert (tmp_path / "fused.txt").read_text() == "the report\n"
     assert load_checkpoint(tmp_path / "last.pt")["model"]["fc3.weight"].count_nonzero() > 0
+
+
+def test_a_fused_run_is_the_plain_one_but_for_rounding(tmp_path, monkeypatch):
+    def network(*args):
+        return nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU(), create_model(*args))
+
+    monkeypatch.setattr(loop, "create_model", network)
+    for fuse in (False, True):
+        train(config(tmp_path / str(fuse), epochs=2, fuse=fuse, ema_decay=0.9))
+    report = (tmp_path / "True" / "fused.txt").read_text()
+    assert re.search("BatchNorm2d +fused", report), report
+    for plain, fused in zip(rows(tmp_path / "False"), rows(tmp_path / "True"), strict=True):
+        for name in ("train_loss", "val_loss"):
+            assert float(fused[name]) == pytest.approx(float(plain[name]), rel=1e-4)
+    plain, fused = (load_checkpoint(tmp_path / name / "best.pt")["model"] for name in ("False", "True"))
+    assert plain.keys() == fused.keys()
 
 
 def test_checkpoints_from_before_an_option_are_at_its_default(finished, tmp_path):
