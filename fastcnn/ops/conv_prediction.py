@@ -228,6 +228,8 @@ def _gather(problem, chip):
         for pack in _packs(problem) if family == "gather" else (1,):
             tiles = _listed(problem, family, chip, pack)
             sizes = _matrix(problem, family, pack)
+            if not tiles:  # "gather" has one for every problem
+                continue
             full = [tile for tile in tiles if _fills(tile, sizes)]
             for tile in full or [min(tiles, key=lambda tile: math.prod(tile[:3]))]:
                 yield Launch(family, *tile, pack=pack)
