@@ -375,7 +375,7 @@ def dense_block(features, layers, activation="relu", slope=0.0):
 
     Args:
         features: tensor [N, C, H, W] or value.
-        layers: objects with batch norms norm1, norm2 and convolutions conv1, conv2. A layer adds the channels
+        layers: (norm1, conv1, norm2, conv2) of each, torch's modules. A layer adds the channels
             conv2(f(norm2(conv1(f(norm1(all channels before it)))))).
         activation, slope: f, a name in KINDS.
 
@@ -385,15 +385,15 @@ def dense_block(features, layers, activation="relu", slope=0.0):
     layers, x = list(layers), materialize(features)
     if not layers or not _share_a_buffer(x, layers):
         features = [x]
-        for layer in layers:
-            z = activate(batch_norm(cat(features), layer.norm1), activation, slope)
-            z = activate(conv_batch_norm(z, layer.conv1, layer.norm2), activation, slope)
-            features.append(conv(z, layer.conv2))
+        for norm1, conv1, norm2, conv2 in layers:
+            z = activate(batch_norm(cat(features), norm1), activation, slope)
+            z = activate(conv_batch_norm(z, conv1, norm2), activation, slope)
+            features.append(conv(z, conv2))
         return torch.cat(features, 1)
-    x, _ = _in_one_dtype(x, layers[0].conv1.weight)
+    x, _ = _in_one_dtype(x, layers[0][1].weight)
     steps, parameters = [], []
     for layer in layers:
-        for bn, convolution in ((layer.norm1, layer.conv1), (layer.norm2, layer.conv2)):
+        for bn, convolution in (layer[:2], layer[2:]):
             geometry = _geometry(x[:, :1].expand(-1, convolution.in_channels, -1, -1), convolution)
             steps.append(Step(*_norm(bn), geometry))
             weight = convolution.weight
@@ -405,12 +405,11 @@ def dense_block(features, layers, activation="relu", slope=0.0):
 
 def _share_a_buffer(x, layers):
     """Whether DenseBlockFunction computes these layers."""
-    if _runs_plainly(x, layers[0].conv1):
+    if _runs_plainly(x, layers[0][1]):
         return False
-    channels, dtype = x.shape[1], conv2d.compute_dtype(layers[0].conv1.weight)
-    for layer in layers:
-        sizes = channels, layer.conv1.out_channels
-        for bn, convolution, c in zip((layer.norm1, layer.norm2), (layer.conv1, layer.conv2), sizes, strict=True):
+    channels, dtype = x.shape[1], conv2d.compute_dtype(layers[0][1].weight)
+    for norm1, conv1, norm2, conv2 in layers:
+        for bn, convolution, c in ((norm1, conv1, channels), (norm2, conv2, conv1.out_channels)):
             if (
                 (bn.num_features, convolution.in_channels, convolution.padding_mode) != (c, c, "zeros")
                 or convolution.bias is not None
@@ -419,5 +418,5 @@ def _share_a_buffer(x, layers):
                 or (isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized())
             ):
                 return False
-        channels += layer.conv2.out_channels
+        channels += conv2.out_channels
     return True

@@ -13,6 +13,7 @@ from torch import nn
 
 from fastcnn import chain
 from fastcnn import nn as ours
+from fastcnn.conversion import concatenations
 from fastcnn.conversion.aliases import Aliases
 from fastcnn.conversion.tracing import has_hooks
 
@@ -115,6 +116,7 @@ class Rewriter:
         """The fates of all convolutions, batch norms and activations, in order of their calls."""
         self.skip_identities()
         self.aliases = Aliases(self.graph, self.module)
+        concatenations.find_dense_blocks(self)
         nodes = list(self.graph.nodes)
         for node in nodes:
             self.find_pair(node)
@@ -128,6 +130,7 @@ class Rewriter:
                 self.use_tensors(node)
         for conv in self.paired.values():
             self.graph.erase_node(conv)
+        concatenations.assign_slots(self)
         return self.fates
 
     # nodes
@@ -165,6 +168,13 @@ class Rewriter:
     def get_module(self, node, name):
         with self.graph.inserting_before(node):
             return self.graph.create_node("get_attr", name, (), {})
+
+    def get_norm(self, node, name):
+        module = self.get_module(node, name)
+        if type(self.root.get_submodule(name)).__name__ not in NORM_ACTS:
+            return module
+        with self.graph.inserting_before(node):
+            return self.graph.call_function(NormAlone, (module,))
 
     def tell(self, node, fused, note):
         self.fates.append(Fate(node.target if node.op == "call_module" else node.name, fused, note))
@@ -297,10 +307,7 @@ class Rewriter:
             self.tell(node, False, why)
             return False
         name = node.target
-        module = self.get_module(node, name)
-        if type(norm).__name__ in NORM_ACTS:
-            with self.graph.inserting_before(node):
-                module = self.graph.call_function(NormAlone, (module,))
+        module = self.get_norm(node, name)
         if node in self.paired:
             conv = self.paired[node]
             x = self.current(conv.args[0])
@@ -469,15 +476,10 @@ class Rewriter:
         return len(dim) == 2 and set(dim) in SPATIAL and self.become(node, chain.mean, x, keepdim)
 
     def cat(self, node):
-        tensors, dim = ([*node.args, None, None])[:2]
-        dim = node.kwargs.get("dim", 0 if dim is None else dim)
-        if dim not in (1, -3) or set(node.kwargs) - {"dim"} or not isinstance(tensors, (list, tuple)):
+        tensors = concatenations.concatenated(node)
+        if tensors is None or any(self.aliases.written_after(node, n) for n in tensors if n not in self.values):
             return False
-        if not all(isinstance(n, torch.fx.Node) for n in tensors):
-            return False
-        if any(self.aliases.written_after(node, n) for n in tensors if n not in self.values):
-            return False
-        return self.become(node, chain.cat, list(tensors), activated=True)
+        return self.become(node, chain.cat, tensors, activated=True)
 
     def pool_function(self, node):
         target, args, kwargs = node.target, node.args, dict(node.kwargs)
