@@ -356,19 +356,13 @@ def _copied(value):
     return type(value)(value) if type(value) in (list, dict, set) else value
 
 
+PLAIN = (torch.nn.Module, torch.Tensor, dict, type, types.ModuleType, types.FunctionType, types.MethodType)
+
+
 def _attributes(module):
     # one level into objects that hold options, too
-    found = [vars(module)]
-    for name, value in vars(module).items():
-        if (
-            name != "_fastcnn_unit"
-            and hasattr(value, "__dict__")
-            and not isinstance(
-                value, (torch.nn.Module, torch.Tensor, type, types.ModuleType, types.FunctionType, types.MethodType)
-            )
-        ):
-            found.append(vars(value))
-    return found
+    objects = [v for name, v in vars(module).items() if name != "_fastcnn_unit" and not isinstance(v, PLAIN)]
+    return [vars(module), *(vars(value) for value in objects if hasattr(value, "__dict__"))]
 
 
 class Watched:
@@ -382,9 +376,10 @@ class Watched:
     def __init__(self, modules, read=()):
         self.modules = list(modules)
         self.types = list(map(type, self.modules))
-        self.owners = [module for module in self.modules for _ in _attributes(module)] + self.modules
+        parents = [module for module in self.modules if module._modules]
+        self.owners = [module for module in self.modules for _ in _attributes(module)] + parents
         self.live = [attributes for module in self.modules for attributes in _attributes(module)]
-        self.live += [module._modules for module in self.modules]
+        self.live += [module._modules for module in parents]
         self.saved = [{key: _copied(value) for key, value in d.items() if key not in ("_modules",)} for d in self.live]
         self.read = [(names, name, _copied(names[name])) for names, name in read]
         # parameters, buffers and hooks may change inside: graphs read them when they run, hooks are counted
