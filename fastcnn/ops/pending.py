@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastcnn.ops import batch_norm_passes, common
+from fastcnn.ops import batch_norm_passes, common, pending_cpu
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv2d import suggests_channels_last
 
@@ -100,6 +100,10 @@ def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale
     """z, in the layout of x."""
     if backend == "triton":
         return _forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
+    if backend == "cpu" and pending_cpu.can_forward(x, activation):
+        return pending_cpu.pending_forward(
+            x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out
+        )  # fmt: skip
     e = Expression(_wide(x), scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
     e = e if right is None else e._replace(right=_wide(right))
     return pending_reference(e).to(x.dtype).contiguous(memory_format=layout_of(x))
@@ -107,7 +111,7 @@ def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale
 
 def pending_backward(
     grad_output, add, x, scale, shift, activation, slope, gate, join, right, right_scale, z, out, need_gate, scaled,
-    backend,
+    backend, overwrite=False,
 ):  # fmt: skip
     """Everything that the gradient of z gives.
 
@@ -118,6 +122,7 @@ def pending_backward(
         x: None where no part of the left side but x itself is there.
         right: needed with right_scale. z: where out is "relu".
         scaled: whether grad_x is multiplied by scale, as the true gradient is.
+        overwrite: grad_output is the caller's own, and may become grad_x.
 
     Returns:
         (grad_x, sums [2, C], grad_right, right_sums [2, C], grad_gate). sums: of du * x and of du; right_sums: of
@@ -129,6 +134,11 @@ def pending_backward(
         return _backward(
             grad_output, add, x, scale, shift, activation, slope, gate, join, right, right_scale, z, out, need_gate,
             scaled,
+        )  # fmt: skip
+    if backend == "cpu" and pending_cpu.can(grad_output, activation):
+        return pending_cpu.pending_backward(
+            grad_output, add, x, scale, shift, activation, slope, gate, join, right, right_scale, z, out, need_gate,
+            scaled, overwrite,
         )  # fmt: skip
     like = grad_output if x is None else x
     empty = like.new_empty(0)
@@ -171,6 +181,8 @@ def sums(grad, tensor, backend):
     """[2, C]: the sums of grad * tensor and of grad over everything but the channels."""
     if backend == "triton":
         return _gradients(grad, tensor)[0]
+    if backend == "cpu" and pending_cpu.can(tensor):
+        return pending_cpu.sums(grad, tensor)
     return _sums(_wide(grad), _wide(tensor))
 
 
@@ -178,6 +190,8 @@ def corrected(grad_output, y, a, b, c, backend):
     """grad_output * a + b * y + c per channel: the gradient of y, whose statistics batch norm used."""
     if backend == "triton":
         return _forward(grad_output, a, c, "none", 0.0, None, y, b, None, "none", y)
+    if backend == "cpu" and pending_cpu.can(y):
+        return pending_cpu.corrected(grad_output, y, a, b, c)
     grad, wide = _wide(grad_output), _wide(y)
     result = grad * _per_channel(a, grad) + _per_channel(b, grad) * wide + _per_channel(c, grad)
     return result.to(y.dtype).contiguous(memory_format=layout_of(y))
@@ -193,6 +207,8 @@ def statistics(x, backend):
             )
             count, pivot, distance, squares = batch_norm_passes.merge_to_record(records)
         return pivot + distance, squares / count
+    if backend == "cpu" and pending_cpu.can(x):
+        return pending_cpu.statistics(x)
     var, mean = torch.var_mean(_wide(x), (0, 2, 3), correction=0)
     return mean, var
 
