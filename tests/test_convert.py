@@ -535,6 +535,10 @@ def test_filter_ops_and_strict():
     with pytest.raises(NotImplementedError, match=r"2 \(PReLU\): no kernel for torch.nn"):
         fastcnn.convert(odd, strict=True)
     assert type(odd) is nn.Sequential and type(odd[1]) is nn.GroupNorm
+    with pytest.raises(NotImplementedError, match=r"1 \(ReLU\): fastcnn.nn.ReLU; not fused: it reads a tensor"):
+        fastcnn.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), strict=True)
+    with pytest.raises(NotImplementedError, match="0 .Conv2d.: fastcnn.nn.Conv2d; not fused: no forward that was"):
+        fastcnn.convert(nn.ModuleList([nn.Conv2d(4, 4, 1)]), strict=True)
 
 
 def test_mistakes_are_named():

@@ -15,6 +15,7 @@ from fastcnn.names import check_name
 __all__ = ["convert", "revert", "verify"]
 
 SWAPPED = "_fastcnn_swapped"
+FUSIBLE = ("Conv2d", "BatchNorm2d", "SyncBatchNorm", "ReLU", "ReLU6", "LeakyReLU", "SiLU", "Hardswish", "GELU")
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
@@ -64,6 +65,7 @@ def convert(model, *, ops="auto", fuse=True, filter_fn=None, strict=False):
     report = Report([row for row in rows.values() if row is not None])
     if strict:
         kept = [row for row in report.rows if row.done == "kept" and row.note != "not selected"]
+        kept += [row for row in report.rows if row.done == "swapped" and "; not fused: " in row.note]
         if kept:
             revert(model)
             lines = "\n".join(f"{row.name} ({row.cls}): {row.note}" for row in kept[:20])
@@ -118,6 +120,8 @@ def _fuse(model, named, rows, ops, excluded):
                 rows[name] = row._replace(note=f"{row.note}; not fused: {missed[0].note}")
             elif row is None or row.note != "not selected":
                 rows[name] = Row(name, type(module).__name__, "kept", missed[0].note)
+        elif row is not None and row.done == "swapped" and row.cls in FUSIBLE:
+            rows[name] = row._replace(note=f"{row.note}; not fused: no forward that was recorded calls it")
 
 
 def revert(model):
