@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcnn import functional as F
-from fastcnn.ops import common, conv2d
+from fastcnn.ops import common, conv2d, pooling
 from fastcnn.ops import conv_batch_norm as fused
 from fastcnn.ops import pending as passes
 from fastcnn.ops.activation import activation_reference
@@ -26,6 +26,7 @@ from fastcnn.ops.concatenate import ConcatenateFunction
 from fastcnn.ops.dense_block import DenseBlockFunction, SharedBatchNormFunction, Step
 from fastcnn.ops.materialize import MaterializeFunction
 from fastcnn.ops.pending_batch_norm import PendingBatchNormFunction
+from fastcnn.ops.pending_pool import AdaptiveAvgPool, AvgPool, MaxPool, PendingPoolFunction
 
 KINDS = ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu", "gelu_tanh")
 
@@ -336,17 +337,37 @@ def multiply(a, b):
 
 def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
     """fastcnn.functional.max_pool2d of a tensor or value, a tensor."""
-    return F.max_pool2d(materialize(x), kernel_size, stride, padding, dilation, ceil_mode)
+    if not isinstance(x, Pending):
+        return F.max_pool2d(materialize(x), kernel_size, stride, padding, dilation, ceil_mode)
+    window = pooling.window(x.raw, kernel_size, stride, padding, dilation, ceil_mode)
+    return _pool(x, MaxPool(list(window), ceil_mode))
 
 
-def avg_pool2d(x, *arguments, **options):
+def avg_pool2d(
+    x, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None
+):  # fmt: skip
     """fastcnn.functional.avg_pool2d of a tensor or value, a tensor."""
-    return F.avg_pool2d(materialize(x), *arguments, **options)
+    if not isinstance(x, Pending):
+        how = ceil_mode, count_include_pad, divisor_override
+        return F.avg_pool2d(materialize(x), kernel_size, stride, padding, *how)
+    window = pooling.window(x.raw, kernel_size, stride, padding, 1, ceil_mode)
+    return _pool(x, AvgPool(list(window), ceil_mode, count_include_pad, divisor_override))
 
 
 def adaptive_avg_pool2d(x, output_size):
     """fastcnn.functional.adaptive_avg_pool2d of a tensor or value, a tensor."""
-    return F.adaptive_avg_pool2d(materialize(x), output_size)
+    if not isinstance(x, Pending):
+        return F.adaptive_avg_pool2d(materialize(x), output_size)
+    return _pool(x, AdaptiveAvgPool(pooling.parts("output_size", output_size, x.raw)))
+
+
+def _pool(x, pool):
+    """The pool of a Pending."""
+    expression, scaled, leave = _readable(x)
+    backend = fused.op.route(expression.x, lambda backend: None)
+    y, passed = PendingPoolFunction.apply(*expression[:6], scaled, pool, backend)
+    leave(None, passed)
+    return y
 
 
 def mean(x, keepdim=False):

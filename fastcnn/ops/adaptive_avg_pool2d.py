@@ -44,8 +44,11 @@ def _empty_output(input, output_size, *_):
     return pooling.empty((*input.shape[:-2], *output_size), input, pooling.follows_channels_last(input))
 
 
-def adaptive_avg_pool2d_forward(input, output_size, backend):
-    """Launch a kernel on an input of any strides; returns the output."""
+def adaptive_avg_pool2d_forward(input, output_size, backend, pending=(None, None, "none", 0.0)):
+    """Launch a kernel on an input of any strides; returns the output.
+
+    pending: (scale, shift, activation, slope) of the activation that the kernel of global pooling makes of the input.
+    """
     if backend == "cpu":
         output = _empty_output(input, output_size)
         return torch.mean(input, (-2, -1), keepdim=True, out=output)
@@ -64,7 +67,10 @@ def adaptive_avg_pool2d_forward(input, output_size, backend):
     with common.device_guard(input):
         if tuple(output_size) == (1, 1):
             grid, arguments = pooling.global_launch_arguments(x.shape, channels_last)
-            global_avg_pool2d_forward_kernel[grid](x, y, *x.stride(), H=h, W=w, INT64=int64, **arguments)
+            global_avg_pool2d_forward_kernel[grid](
+                x, *pending[:2], y, *x.stride(), H=h, W=w, ACTIVATION=pending[2], SLOPE=pending[3], INT64=int64,
+                **arguments,
+            )  # fmt: skip
         else:
             grid, arguments = pooling.launch_arguments(y.shape, channels_last)
             p, q = output_size

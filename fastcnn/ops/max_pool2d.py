@@ -25,15 +25,23 @@ def max_pool2d_reference(input, kernel_size, stride=None, padding=0, dilation=1,
     return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)
 
 
+def cpu_refusal(input, window):
+    """None, or the sentence why the CPU kernels cannot."""
+    if input.dtype not in (torch.float32, torch.float64):
+        return f"the CPU kernel of max_pool2d takes float32 and float64 and got {input.dtype}"
+    # such a window can step over the image: no tap inside, and no place for its gradient
+    if any(dilation > size for dilation, size in zip(window[6:], input.shape[-2:], strict=True)):
+        return f"the CPU kernel of max_pool2d needs a dilation within the image and got {tuple(window[6:])}"
+    return None
+
+
 def _why_not(backend, input, window):
     if input.dtype not in common.FLOATS:
         return f"max_pool2d has kernels for floating-point tensors and got {input.dtype}"
     if backend == "cpu":
-        if input.dtype not in (torch.float32, torch.float64):
-            return f"the CPU kernel of max_pool2d takes float32 and float64 and got {input.dtype}"
-        # such a window can step over the image: no tap inside, and no place for its gradient
-        if any(dilation > size for dilation, size in zip(window[6:], input.shape[-2:], strict=True)):
-            return f"the CPU kernel of max_pool2d needs a dilation within the image and got {tuple(window[6:])}"
+        refusal = cpu_refusal(input, window)
+        if refusal is not None:
+            return refusal
         if current_backend() == "auto":
             least = (2**18 if window[3] == 1 else 2**20) if pooling.follows_channels_last(input) else 2**16
             if input.numel() < least:
@@ -55,8 +63,29 @@ def _meta(window):
     return dict(zip(names, window, strict=True))
 
 
-def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
-    """Launch the kernel on an input of any strides; returns the output and its taps (of size 0 unless with_taps)."""
+def cells(shape, window):
+    """What the backward over cells of as many pixels as the stride needs beside the window, by the kernel's names.
+
+    None where it does not serve: strides above 2, dilation, more than 9 windows over one pixel.
+    """
+    cover_h, cover_w = (-(-window[i] // window[i + 2]) for i in (0, 1))
+    if cover_h * cover_w > 9 or max(window[2:4]) > 2 or window[6:] != [1, 1]:
+        return None
+    # how many windows further, and further back, than the one of its own number can reach a cell
+    after_h, after_w = ((window[i + 2] - 1 + window[i]) // window[i] for i in (2, 3))
+    before_h, before_w = ((window[i] - 1 - window[i + 4]) // window[i + 2] for i in (0, 1))
+    return dict(
+        cells_h=-(-shape[-2] // window[2]), cells_w=-(-shape[-1] // window[3]),
+        **dict(list(_meta(window).items())[:6]),
+        BEFORE_H=before_h, BEFORE_W=before_w, AFTER_H=after_h, AFTER_W=after_w,
+    )  # fmt: skip
+
+
+def max_pool2d_forward(input, window, ceil_mode, with_taps, backend, pending=(None, None, "none", 0.0)):
+    """Launch the kernel on an input of any strides; returns the output and its taps (of size 0 unless with_taps).
+
+    pending: (scale, shift, activation, slope) of the activation that the Triton kernel makes of the input.
+    """
     output, taps = _empty_outputs(input, window, ceil_mode, with_taps)
     if output.numel() == 0:
         return output, taps
@@ -74,8 +103,9 @@ def max_pool2d_forward(input, window, ceil_mode, with_taps, backend):
     grid, arguments = pooling.launch_arguments(y.shape, channels_last)
     with common.device_guard(input):
         max_pool2d_forward_kernel[grid](
-            x, y, taps, *x.stride(), H=x.shape[2], W=x.shape[3], P=y.shape[2], Q=y.shape[3], **_meta(window),
-            STORE_TAP=with_taps, UNROLL=window[0] * window[1] <= 25, INT64=common.exceeds_int32(x, y), **arguments,
+            x, *pending[:2], y, taps, *x.stride(), H=x.shape[2], W=x.shape[3], P=y.shape[2], Q=y.shape[3],
+            **_meta(window), ACTIVATION=pending[2], SLOPE=pending[3], STORE_TAP=with_taps,
+            UNROLL=window[0] * window[1] <= 25, INT64=common.exceeds_int32(x, y), **arguments,
         )  # fmt: skip
     return output, taps
 
@@ -98,22 +128,18 @@ def max_pool2d_backward(grad_output, taps, input_shape, channels_last, window, b
     from fastcnn.kernels.triton.max_pool2d import max_pool2d_backward_cells_kernel, max_pool2d_backward_kernel
 
     dy, dx = pooling.as_dense(grad_output, channels_last), pooling.batched(grad_input)
-    # a window's extent over its step: how many windows can cover one pixel
-    cover_h, cover_w = ((window[i] - 1) * window[i + 6] // window[i + 2] + 1 for i in (0, 1))
-    if cover_h * cover_w <= 9 and max(window[2:4]) <= 2 and window[6:] == [1, 1]:
-        h, w = dx.shape[2:]
-        cells_h, cells_w = -(-h // window[2]), -(-w // window[3])
-        grid, arguments = pooling.launch_arguments((*dx.shape[:2], cells_h, cells_w), channels_last)
-        # how many windows further, and further back, than the one of its own number can reach a cell
-        after_h, after_w = ((window[i + 2] - 1 + window[i]) // window[i] for i in (2, 3))
-        before_h, before_w = ((window[i] - 1 - window[i + 4]) // window[i + 2] for i in (0, 1))
+    by_cell = cells(dx.shape, window)
+    if by_cell is not None:
+        shape = *dx.shape[:2], by_cell["cells_h"], by_cell["cells_w"]
+        grid, arguments = pooling.launch_arguments(shape, channels_last)
         with common.device_guard(dy):
             max_pool2d_backward_cells_kernel[grid](
-                dy, taps, dx, H=h, W=w, P=dy.shape[2], Q=dy.shape[3], cells_h=cells_h, cells_w=cells_w,
-                **dict(list(_meta(window).items())[:6]), BEFORE_H=before_h, BEFORE_W=before_w,
-                AFTER_H=after_h, AFTER_W=after_w, INT64=common.exceeds_int32(dy, dx), **arguments,
+                dy, taps, dx, H=dx.shape[2], W=dx.shape[3], P=dy.shape[2], Q=dy.shape[3], **by_cell,
+                INT64=common.exceeds_int32(dy, dx), **arguments,
             )  # fmt: skip
         return grad_input
+    # a window's extent over its step: how many windows can cover one pixel
+    cover_h, cover_w = ((window[i] - 1) * window[i + 6] // window[i + 2] + 1 for i in (0, 1))
     grid, arguments = pooling.launch_arguments(dx.shape, channels_last)
     with common.device_guard(dy):
         max_pool2d_backward_kernel[grid](

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from fastcnn.kernels.triton.common import accumulator
-from fastcnn.kernels.triton.pooling import part_end, part_start, pixel_tile
+from fastcnn.kernels.triton.pooling import part_end, part_start, pixel_tile, transformed
 
 
 @triton.jit
@@ -34,9 +34,10 @@ def adaptive_avg_pool2d_forward_kernel(
 
 @triton.jit
 def global_avg_pool2d_forward_kernel(
-    x_ptr, y_ptr,
+    x_ptr, scale_ptr, shift_ptr, y_ptr,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     rows, columns, C, H, W,
+    SLOPE: tl.constexpr, ACTIVATION: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, INT64: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     # one program computes the means of BLOCK_B channels of an image, BLOCK_A pixels at a time (channels_last; rows is
@@ -49,21 +50,33 @@ def global_avg_pool2d_forward_kernel(
     if CHANNELS_LAST:
         blocks = tl.cdiv(C, BLOCK_B)
         n, c = pid // blocks, pid % blocks * BLOCK_B + b
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
+            shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)
         for start in range(0, rows, BLOCK_A):
             pixel = start + a
             mask = (pixel < rows) & (c < C)
             offset = n * x_stride_n + c * x_stride_c + pixel // W * x_stride_h + pixel % W * x_stride_w
-            total += accumulator(tl.load(x_ptr + offset, mask=mask, other=0.0))
+            x = accumulator(tl.load(x_ptr + offset, mask=mask, other=0.0))
+            if scale_ptr is not None:
+                x = tl.where(mask, transformed(x, scale, shift, SLOPE, ACTIVATION), 0.0)
+            total += x
         y = tl.sum(total, axis=0)[None, :] / rows
         tl.store(y_ptr + n * C + c, y.to(y_ptr.dtype.element_ty), mask=c < C)
     else:
         plane = pid * BLOCK_A + a
         n, c = plane // C, plane % C
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + c)
+            shift = tl.load(shift_ptr + c)
         for start in range(0, columns, BLOCK_B):
             pixel = start + b
             mask = (plane < rows) & (pixel < columns)
             offset = n * x_stride_n + c * x_stride_c + pixel // W * x_stride_h + pixel % W * x_stride_w
-            total += accumulator(tl.load(x_ptr + offset, mask=mask, other=0.0))
+            x = accumulator(tl.load(x_ptr + offset, mask=mask, other=0.0))
+            if scale_ptr is not None:
+                x = tl.where(mask, transformed(x, scale, shift, SLOPE, ACTIVATION), 0.0)
+            total += x
         y = tl.sum(total, axis=1)[:, None] / columns
         tl.store(y_ptr + plane, y.to(y_ptr.dtype.element_ty), mask=plane < rows)
 

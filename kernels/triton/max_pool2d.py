@@ -1,39 +1,50 @@
 """Max pooling. The forward also stores which tap of its window each maximum came from; the backward gathers by it.
 
 y[n,c,p,q] = max over r, s of x[n, c, p*stride_h - pad_h + r*dilation_h, q*stride_w - pad_w + s*dilation_w]
+
+Of a pending activation x is f(raw * scale + shift), made on load; its backward is in pending_pool.
 """
 
 import triton
 import triton.language as tl
 
 from fastcnn.kernels.triton.common import accumulator
-from fastcnn.kernels.triton.pooling import pixel_tile, take
+from fastcnn.kernels.triton.pooling import pixel_tile, take, transformed
 
 
 @triton.jit
-def _take(best, tap, x_ptr, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S, DILATION_H, DILATION_W):
+def _take(
+    best, tap, x_ptr, scale, shift, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S,
+    DILATION_H, DILATION_W, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
     """Maximum so far and its tap, after a look at tap (r, s)."""
     h, w = h0 + r * DILATION_H, w0 + s * DILATION_W
     mask = inside & (h >= 0) & (h < H) & (w >= 0) & (w < W)
     x = accumulator(tl.load(x_ptr + (base + h * x_stride_h + w * x_stride_w), mask=mask, other=-float("inf")))
+    if scale is not None:
+        x = tl.where(mask, transformed(x, scale, shift, SLOPE, ACTIVATION), -float("inf"))
     return take(best, tap, x, r * S + s)
 
 
 @triton.jit
 def max_pool2d_forward_kernel(
-    x_ptr, y_ptr, tap_ptr,
+    x_ptr, scale_ptr, shift_ptr, y_ptr, tap_ptr,
     x_stride_n, x_stride_c, x_stride_h, x_stride_w,
     rows, columns, C, H, W, P, Q,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
-    STORE_TAP: tl.constexpr, UNROLL: tl.constexpr, CHANNELS_LAST: tl.constexpr, INT64: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
+    SLOPE: tl.constexpr, ACTIVATION: tl.constexpr, STORE_TAP: tl.constexpr, UNROLL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, INT64: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     # one program computes BLOCK_A x BLOCK_B outputs: pixels x channels (channels_last) or planes x pixels
     n, c, p, q, y_offset, inside = pixel_tile(rows, columns, C, P, Q, CHANNELS_LAST, INT64, BLOCK_A, BLOCK_B)
     base = n * x_stride_n + c * x_stride_c
     h0, w0 = p * STRIDE_H - PAD_H, q * STRIDE_W - PAD_W
     best = accumulator(tl.zeros([BLOCK_A, BLOCK_B], x_ptr.dtype.element_ty)) - float("inf")
+    scale, shift = None, None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)
+        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)
     # a window of nothing but -inf: its first tap inside the image, as in torch
     first_r = tl.where(h0 < 0, (DILATION_H - 1 - h0) // DILATION_H, 0)
     first_s = tl.where(w0 < 0, (DILATION_W - 1 - w0) // DILATION_W, 0)
@@ -42,15 +53,15 @@ def max_pool2d_forward_kernel(
         for r in tl.static_range(R):
             for s in tl.static_range(S):
                 best, tap = _take(
-                    best, tap, x_ptr, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S,
-                    DILATION_H, DILATION_W,
+                    best, tap, x_ptr, scale, shift, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S,
+                    DILATION_H, DILATION_W, SLOPE, ACTIVATION,
                 )  # fmt: skip
     else:
         for r in range(R):
             for s in range(S):
                 best, tap = _take(
-                    best, tap, x_ptr, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S,
-                    DILATION_H, DILATION_W,
+                    best, tap, x_ptr, scale, shift, base, inside, h0, w0, x_stride_h, x_stride_w, H, W, r, s, S,
+                    DILATION_H, DILATION_W, SLOPE, ACTIVATION,
                 )  # fmt: skip
     tl.store(y_ptr + y_offset, best.to(y_ptr.dtype.element_ty), mask=inside)
     if STORE_TAP:
@@ -113,7 +124,7 @@ def max_pool2d_backward_kernel(
 
 
 @triton.jit
-def _from_windows(
+def from_windows(
     dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, i: tl.constexpr, j: tl.constexpr,
     R: tl.constexpr, S: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
     PAD_H: tl.constexpr, PAD_W: tl.constexpr, BEFORE_H: tl.constexpr, BEFORE_W: tl.constexpr,
@@ -158,22 +169,22 @@ def max_pool2d_backward_cells_kernel(
         offset = ((n * C + c) * P + a) * Q + b
         target = dx_ptr + (((n * C + c) * H + h) * W + w)
         right, down = 1, W
-    dx00 = _from_windows(
+    dx00 = from_windows(
         dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 0, 0, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
         BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
     )  # fmt: skip
     if STRIDE_W == 2:
-        dx01 = _from_windows(
+        dx01 = from_windows(
             dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 0, 1, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
             BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
         )  # fmt: skip
     if STRIDE_H == 2:
-        dx10 = _from_windows(
+        dx10 = from_windows(
             dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 1, 0, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
             BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
         )  # fmt: skip
     if STRIDE_H == 2 and STRIDE_W == 2:
-        dx11 = _from_windows(
+        dx11 = from_windows(
             dy_ptr, tap_ptr, offset, a, b, inside, C, P, Q, 1, 1, R, S, STRIDE_H, STRIDE_W, PAD_H, PAD_W,
             BEFORE_H, BEFORE_W, AFTER_H, AFTER_W, CHANNELS_LAST,
         )  # fmt: skip

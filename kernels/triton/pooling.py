@@ -7,6 +7,8 @@ memory in both, and element (row, column) of the tile lies at row * columns + co
 import triton
 import triton.language as tl
 
+from fastcnn.kernels.triton.activation import activate
+
 
 @triton.jit
 def pixel_tile(
@@ -51,3 +53,13 @@ def take(best, tap, x, t):
     # the first of equals wins; of NaNs the last, as in torch; `!=` because compiled maximum drops NaN
     better = (x > best) | (x != x)
     return tl.where(better, x, best), tl.where(better, t, tap)
+
+
+@triton.jit
+def transformed(x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The pending activation of loaded x."""
+    u = x * scale + shift
+    if ACTIVATION == "none":
+        return u
+    else:
+        return activate(u, SLOPE, ACTIVATION)

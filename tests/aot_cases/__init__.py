@@ -18,6 +18,7 @@ from aot_cases.pooling import (
     fractional_max_pool2d,
     lp_pool2d,
     max_pool2d,
+    pending_pool,
 )
 from aot_cases.random import dropout, feature_dropout
 from aot_cases.whitening import decorrelated_batch_norm
@@ -51,5 +52,6 @@ CASES = {
         multi_margin_loss,
         optimizers,
         pending_activation,
+        pending_pool,
     )
 }

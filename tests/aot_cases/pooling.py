@@ -1,12 +1,13 @@
 """Pools."""
 
-from aot_cases.common import fp16, fp32, fp64, t
+from aot_cases.common import bf16, fp16, fp32, fp64, t
 from fastcnn.ops import adaptive_avg_pool2d as adaptive
 from fastcnn.ops import adaptive_max_pool2d as adaptive_max
 from fastcnn.ops import avg_pool2d as avg
 from fastcnn.ops import fractional_max_pool2d as fractional
 from fastcnn.ops import lp_pool2d as lp
 from fastcnn.ops import max_pool2d as maxpool
+from fastcnn.ops import pending_pool as pool
 
 
 def max_pool2d():
@@ -96,6 +97,31 @@ def adaptive_max_pool2d():
     yield "above 2^31 elements", lambda: both(t(2048, 64, 224, 224), (6, 6))
     for size in ((1, 1), (4, 5)):
         yield f"fp64, odd size {size}", lambda size=size: both(t(3, 5, 9, 7, dtype=fp64), size)
+
+
+def pending_pool():
+    def case(pool, *shape, dtype=bf16, activation="relu", add=False):
+        x, vector = t(*shape, dtype=dtype), t(shape[1], dtype=fp64 if dtype == fp64 else fp32)
+
+        def call():
+            y, taps = pool.forward(x, "triton", (vector, vector, activation, 0.0))
+            how = activation, 0.0, x if add else None, add
+            pool.launch_backward(y, taps, x, vector, vector, *how)
+
+        return call
+
+    stem = pool.MaxPool([3, 3, 2, 2, 1, 1, 1, 1], False)
+    yield "resnet50 stem", case(stem, 256, 64, 112, 112)
+    yield "stem, silu, fp32, other readers", case(stem, 64, 48, 112, 112, dtype=fp32, activation="silu", add=True)
+    yield "vgg16", case(pool.MaxPool([2, 2, 2, 2, 0, 0, 1, 1], False), 64, 64, 224, 224)
+    yield "3x3 stride 1, fp16", case(pool.MaxPool([3, 3, 1, 1, 1, 1, 1, 1], False), 8, 96, 28, 28, dtype=fp16)
+    yield "stem above 2^31 elements", case(stem, 2048, 64, 224, 224)
+    yield "stem, fp64", case(stem, 3, 5, 9, 7, dtype=fp64)
+    mean = pool.AdaptiveAvgPool([1, 1])
+    yield "mobilenetv2 head", case(mean, 256, 1280, 7, 7, activation="relu6")
+    yield "efficientnet squeeze", case(mean, 256, 144, 56, 56, activation="silu", add=True)
+    yield "mean above 2^31 elements", case(mean, 2048, 64, 224, 224, activation="silu")
+    yield "mean, fp64", case(mean, 3, 5, 9, 7, dtype=fp64, activation="silu")
 
 
 def fractional_max_pool2d():
