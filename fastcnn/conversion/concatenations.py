@@ -3,7 +3,7 @@
 import torch
 
 from fastcnn import chain
-from fastcnn.conversion.tracing import has_hooks
+from fastcnn.conversion.watched import has_hooks
 from fastcnn.ops.concatenate import Buffer
 
 

@@ -15,7 +15,8 @@ from fastcnn import chain
 from fastcnn import nn as ours
 from fastcnn.conversion import concatenations
 from fastcnn.conversion.aliases import Aliases
-from fastcnn.conversion.tracing import has_hooks
+from fastcnn.conversion.steps import NormAlone, attribute, own_tensor, row_noise, size
+from fastcnn.conversion.watched import has_hooks
 
 CONVOLUTIONS = (nn.Conv2d, ours.Conv2d)
 NORMS = (nn.BatchNorm2d, ours.BatchNorm2d, nn.SyncBatchNorm, ours.SyncBatchNorm)
@@ -43,54 +44,6 @@ class Fate(NamedTuple):
     name: str
     fused: bool
     note: str
-
-
-def likeness(x):
-    """A tensor of the shape, dtype and device of a tensor or value."""
-    if isinstance(x, chain.Join):
-        return x.left.raw if x.result is None else x.result
-    return x.raw if isinstance(x, chain.Pending) else chain.materialize(x)
-
-
-def attribute(x, name):
-    """The shape, ndim, dtype or device of a tensor or value."""
-    return getattr(likeness(x), name)
-
-
-def size(x, dim=None):
-    """x.size(dim) of a tensor or value."""
-    return likeness(x).size() if dim is None else likeness(x).size(dim)
-
-
-def row_noise(x, probability, scaled=True):
-    """Zeros of this probability for the samples of x, else 1 / (1 - probability), drawn as torchvision and timm do."""
-    x = likeness(x)
-    noise = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-    noise = noise.bernoulli_(1.0 - probability)
-    return noise.div_(1.0 - probability) if scaled and probability < 1.0 else noise
-
-
-def own_tensor(x):
-    """A value or tensor as a tensor that nobody else reads."""
-    return chain.materialize(x).clone()
-
-
-class NormAlone:
-    """timm's batch norm without its activation, as the chain takes a batch norm."""
-
-    def __init__(self, module):
-        self.module = module
-        self.base = nn.SyncBatchNorm if isinstance(module, nn.SyncBatchNorm) else nn.BatchNorm2d
-
-    @property
-    def __class__(self):
-        return self.base
-
-    def __getattr__(self, name):
-        return getattr(self.module, name)
-
-    def __call__(self, x):
-        return self.base.forward(self.module, x)
 
 
 class Rewriter:
@@ -281,7 +234,7 @@ class Rewriter:
                 return self.activation(
                     node, *self.kind_of_module(module), module.__dict__.get("inplace", False), module
                 )
-            if not self.reads_value(node) or not self.plain_call(node, module):
+            if not self.plain_call(node, module) or not (self.reads_value(node) or self.pools_a_pool(node, module)):
                 return False
             return self.layer(node, module)
         if node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS:
@@ -295,6 +248,11 @@ class Rewriter:
         if node.op == "call_function":
             return self.function(node)
         return False
+
+    @staticmethod
+    def pools_a_pool(node, module):
+        # a tensor that backward can make again; so the chain's max_pool2d lets its own result be
+        return type(module) in (nn.MaxPool2d, ours.MaxPool2d) and node.args[0].target is chain.max_pool2d
 
     def reads_value(self, node):
         return any(n in self.values for n in node.all_input_nodes)

@@ -5,21 +5,18 @@ of a value, `x += y` (recorded as x + y), hooks of inner modules. Each of these 
 module. Two traces must agree. What a trace has read and may change later (attributes of modules, globals) is `Watched`.
 """
 
-import builtins
-import dis
 import inspect
 import operator
-import random
 import sys
 import threading
-import types
 
-import numpy
 import torch
 import torch.fx
 from torch.fx.proxy import Attribute
 
-SIMPLE = (bool, int, float, str, type(None))
+from fastcnn.conversion.surroundings import Calls, Generators, Untraceable, ambient_state, read_by
+from fastcnn.conversion.watched import SIMPLE, Watched, has_hooks, put_back
+
 # modules of other libraries that are one step of a graph, by class name and the start of the module path: their
 # forwards count batches in a buffer or draw random numbers
 LEAVES = {
@@ -29,9 +26,6 @@ LEAVES = {
     "DropPath": "timm.",
     "FrozenBatchNorm2d": "torchvision.",
 }
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# builtins whose effect or answer a trace would fix
-REFUSED_BUILTINS = {"print", "open", "input", "exec", "eval", "id", "type", "breakpoint"}
 TENSOR_NAMES = frozenset(dir(torch.Tensor))
 INPLACE = [name for name in dir(operator) if name.startswith("__i") and hasattr(operator, name.strip("_"))]
 INPLACE = [name for name in INPLACE if name not in ("__index__", "__inv__", "__invert__")]
@@ -44,20 +38,6 @@ TENSOR_MODULES = (
 )  # fmt: skip
 TENSOR_FUNCTIONS = {torch.cat, torch.relu, torch.sigmoid, torch.tanh, torch.flatten, torch.nn.functional.relu}
 ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul}
-
-
-class Untraceable(Exception):
-    """A forward that a trace would change; `module` is the name of the innermost module that it happened in."""
-
-    def __init__(self, reason, module=""):
-        super().__init__(reason)
-        self.reason = reason
-        self.module = module
-
-
-def has_hooks(module):
-    """Whether calling the module runs more than its forward."""
-    return any(getattr(module, name) for name in HOOKS)
 
 
 def is_known_leaf(module):
@@ -264,155 +244,6 @@ def _same(a, b):
     return a is b
 
 
-def ambient_state():
-    """The switches that a `with` of a forward may turn, and that a graph does not hold."""
-    devices = ("cpu", "cuda")
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        *(torch.is_autocast_enabled(device) for device in devices),
-        *(torch.get_autocast_dtype(device) for device in devices),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
-
-
-class _Random:
-    # the generators whose numbers a trace would fix; put back when it used one
-    def __init__(self):
-        self.saved = self.now()
-
-    @staticmethod
-    def now():
-        name, keys, *rest = numpy.random.get_state()
-        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return (torch.get_rng_state(), *cuda), random.getstate(), (name, keys.tolist(), *rest)
-
-    def restore(self):
-        """Whether anything had been drawn."""
-        tensors, python, array = self.now()
-        if all(map(torch.equal, tensors, self.saved[0])) and python == self.saved[1] and array == self.saved[2]:
-            return False
-        torch.set_rng_state(self.saved[0][0])
-        if len(self.saved[0]) > 1:
-            torch.cuda.set_rng_state_all(list(self.saved[0][1:]))
-        random.setstate(self.saved[1])
-        numpy.random.set_state(self.saved[2])
-        return True
-
-
-class _Calls:
-    # every Python function that runs inside the block, outside of torch itself
-    def __enter__(self):
-        self.functions = {}
-        self.previous = sys.getprofile()
-        sys.setprofile(self.event)
-        return self
-
-    def __exit__(self, *exc_info):
-        sys.setprofile(self.previous)
-
-    def event(self, frame, event, arg):
-        if event == "call":
-            name = frame.f_globals.get("__name__", "")
-            top = name.split(".")[0]
-            known = top in ("torch", "numpy") or top in sys.stdlib_module_names and top != "__main__"
-            if not known and not name.startswith("fastcnn.conversion"):
-                self.functions.setdefault(frame.f_code, frame.f_globals)
-
-
-def _read_by(code, names):
-    """What one function reads from outside: [(namespace, name)]; raises Untraceable for what a trace would drop."""
-    previous = None
-    read = []
-    where = f"its code ({code.co_name})"
-    for instruction in dis.get_instructions(code):
-        operation, argument = instruction.opname, instruction.argval
-        if operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            raise Untraceable(f"{where} sets the global {argument}")
-        if operation in ("STORE_ATTR", "DELETE_ATTR"):
-            raise Untraceable(f"{where} sets the attribute {argument}")
-        if operation == "STORE_DEREF" and argument in code.co_freevars:
-            raise Untraceable(f"{where} sets the outer variable {argument}")
-        if operation == "IS_OP" and not (previous.opname == "LOAD_CONST" and previous.argval in (None, True, False)):
-            raise Untraceable(f"{where} asks whether two values are the same object")
-        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if argument in REFUSED_BUILTINS and argument not in names and hasattr(builtins, argument):
-                raise Untraceable(f"{where} uses {argument}()")
-            value = names.get(argument)
-            if isinstance(value, (*SIMPLE, list, dict, set)) and argument in names:
-                read.append((names, argument))
-            elif isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in ("torch", "math", "numpy"):
-                inside = vars(value)
-                read += [(inside, name) for name in code.co_names if isinstance(inside.get(name, inside), SIMPLE)]
-        previous = instruction
-    return read
-
-
-def _copied(value):
-    return type(value)(value) if type(value) in (list, dict, set) else value
-
-
-PLAIN = (torch.nn.Module, torch.Tensor, dict, type, types.ModuleType, types.FunctionType, types.MethodType)
-
-
-def _attributes(module):
-    # one level into objects that hold options, too
-    objects = [v for name, v in vars(module).items() if name != "_fastcnn_unit" and not isinstance(v, PLAIN)]
-    return [vars(module), *(vars(value) for value in objects if hasattr(value, "__dict__"))]
-
-
-class Watched:
-    """What a graph took for granted: attributes, classes, hooks and children of modules, and globals.
-
-    Args:
-        modules: the modules that a trace ran through or whose attributes a rule looked at.
-        read: [(namespace, name)] of globals.
-    """
-
-    def __init__(self, modules, read=()):
-        self.modules = list(modules)
-        self.types = list(map(type, self.modules))
-        parents = [module for module in self.modules if module._modules]
-        self.owners = [module for module in self.modules for _ in _attributes(module)] + parents
-        self.live = [attributes for module in self.modules for attributes in _attributes(module)]
-        self.live += [module._modules for module in parents]
-        self.saved = [{key: _copied(value) for key, value in d.items() if key not in ("_modules",)} for d in self.live]
-        self.read = [(names, name, _copied(names[name])) for names, name in read]
-        # parameters, buffers and hooks may change inside: graphs read them when they run, hooks are counted
-        for saved, live in zip(self.saved, self.live, strict=True):
-            for key in ("_parameters", "_buffers", "_modules"):
-                if key in live:
-                    saved[key] = live[key]
-        self.hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
-        self.hook_counts = list(map(len, self.hooks))
-
-    def unchanged(self):
-        """Whether the graph still is what a new trace would give."""
-        try:
-            return (
-                self.live == self.saved
-                and list(map(type, self.modules)) == self.types
-                and list(map(len, self.hooks)) == self.hook_counts
-                and all(names.get(name) == value for names, name, value in self.read)
-            )
-        except (RuntimeError, ValueError, TypeError):  # a tensor or an array was exchanged: == gives no bool
-            return False
-
-    def changed_module(self):
-        """The first module of which an attribute is another one now."""
-        for owner, live, saved in zip(self.owners, self.live, self.saved, strict=True):
-            try:
-                if live != saved:
-                    return owner
-            except (RuntimeError, ValueError, TypeError):
-                return owner
-        return None
-
-
 def trace(module, forward, arguments, opaque):
     """The graph of one call, proven to be what the call does.
 
@@ -430,20 +261,20 @@ def trace(module, forward, arguments, opaque):
     """
     before = Watched(module.modules())
     versions = {t: t._version for t in (*module.parameters(), *module.buffers())}
-    generators = _Random()
+    generators = Generators()
     graphs = []
     read = after = None
     for _ in range(2):
         tracer = Tracer(forward, opaque)
         try:
-            with _Calls() as calls:
+            with Calls() as calls:
                 graphs.append(tracer.record(module, arguments))
         except Untraceable:
-            _put_back(before)
+            put_back(before)
             generators.restore()
             raise
         except Exception as error:
-            _put_back(before)
+            put_back(before)
             generators.restore()
             text = str(error).strip().split("\n")[0]
             raise Untraceable(f"it cannot be traced ({type(error).__name__}: {text})", tracer.stack[-1]) from error
@@ -451,7 +282,7 @@ def trace(module, forward, arguments, opaque):
             raise Untraceable("draws random numbers")
         if not before.unchanged():
             changed = before.changed_module()
-            _put_back(before)
+            put_back(before)
             names = {m: name for name, m in module.named_modules()}
             raise Untraceable("changes attributes of modules", names.get(changed, ""))
         if any(t._version != version for t, version in versions.items()):
@@ -459,7 +290,7 @@ def trace(module, forward, arguments, opaque):
         read = []
         for code, names in calls.functions.items():
             try:
-                read += _read_by(code, names)
+                read += read_by(code, names)
             except Untraceable as error:
                 raise Untraceable(error.reason, _owner(tracer, code)) from None
         if after is not None and not after.unchanged():
@@ -480,20 +311,3 @@ def _owner(tracer, code):
         if getattr(inspect.unwrap(type(module).forward), "__code__", None) is code:
             return name
     return ""
-
-
-def _put_back(watched):
-    for live, saved in zip(watched.live, watched.saved, strict=True):
-        for key in [key for key in live if key not in saved]:
-            del live[key]
-        for key, value in saved.items():
-            now = live.get(key)
-            if now is value:
-                continue
-            if type(value) is list and type(now) is list:
-                now[:] = value  # the same list, as others may hold it
-            elif type(value) in (dict, set) and type(now) is type(value):
-                now.clear()
-                now.update(value)
-            else:
-                live[key] = value

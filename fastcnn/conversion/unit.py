@@ -16,7 +16,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from fastcnn.backends import _transformed
 from fastcnn.conversion.layers import op_of
 from fastcnn.conversion.program import compile_graph
-from fastcnn.conversion.tracing import SIMPLE, Untraceable, Watched, is_known_leaf, trace
+from fastcnn.conversion.surroundings import Untraceable
+from fastcnn.conversion.tracing import is_known_leaf, trace
+from fastcnn.conversion.watched import SIMPLE, Watched
 
 MAX_TRACES = 24  # a module that changes itself all the time runs as it is
 KEY = "_fastcnn_unit"

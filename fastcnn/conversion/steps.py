@@ -1,0 +1,54 @@
+"""What a rewritten graph calls beside the functions of fastcnn/chain.py."""
+
+import torch
+from torch import nn
+
+from fastcnn import chain
+
+
+def likeness(x):
+    """A tensor of the shape, dtype and device of a tensor or value."""
+    if isinstance(x, chain.Join):
+        return x.left.raw if x.result is None else x.result
+    return x.raw if isinstance(x, chain.Pending) else chain.materialize(x)
+
+
+def attribute(x, name):
+    """The shape, ndim, dtype or device of a tensor or value."""
+    return getattr(likeness(x), name)
+
+
+def size(x, dim=None):
+    """x.size(dim) of a tensor or value."""
+    return likeness(x).size() if dim is None else likeness(x).size(dim)
+
+
+def row_noise(x, probability, scaled=True):
+    """Zeros of this probability for the samples of x, else 1 / (1 - probability), drawn as torchvision and timm do."""
+    x = likeness(x)
+    noise = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(1.0 - probability)
+    return noise.div_(1.0 - probability) if scaled and probability < 1.0 else noise
+
+
+def own_tensor(x):
+    """A value or tensor as a tensor that nobody else reads."""
+    return chain.materialize(x).clone()
+
+
+class NormAlone:
+    """timm's batch norm without its activation, as the chain takes a batch norm."""
+
+    def __init__(self, module):
+        self.module = module
+        self.base = nn.SyncBatchNorm if isinstance(module, nn.SyncBatchNorm) else nn.BatchNorm2d
+
+    @property
+    def __class__(self):
+        return self.base
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __call__(self, x):
+        return self.base.forward(self.module, x)
