@@ -20,7 +20,8 @@ from fastcnn.conversion.surroundings import Untraceable
 from fastcnn.conversion.tracing import is_known_leaf, trace
 from fastcnn.conversion.watched import SIMPLE, Watched
 
-MAX_TRACES = 24  # a module that changes itself all the time runs as it is
+MAX_TRACES = 24  # in a row, none used twice: a module that changes itself all the time runs as it is
+MAX_PROGRAMS = 8  # kept of one situation
 KEY = "_fastcnn_unit"
 
 logger = logging.getLogger("fastcnn")
@@ -57,7 +58,8 @@ class Unit:
         self.prefix, self.ops, self.excluded = prefix, ops, excluded
         self.refused = {} if refused is None else refused
         self.programs = {}
-        self.traces = 0
+        self.traces = 0  # all
+        self.unused = 0  # since one was used again
 
     def __getstate__(self):
         return self.prefix, self.ops, self.excluded
@@ -81,18 +83,22 @@ class Unit:
                 if program.watched.unchanged():
                     if i:
                         programs.insert(0, programs.pop(i))
+                    self.unused = 0
                     return program
         with _lock:
-            if self.traces >= MAX_TRACES:
+            if self.unused >= MAX_TRACES:
                 return Program(None, None, (), {})
             self.traces += 1
-            if self.traces == MAX_TRACES:
+            self.unused += 1
+            if self.unused == MAX_TRACES:
                 logger.warning(
                     "%s changes itself between calls: its own forward runs from now on",
                     self.prefix.rstrip(".") or type(module).__name__,
                 )
             program = self.build(module, args, kwargs)
-            self.programs.setdefault(situation, []).insert(0, program)
+            programs = self.programs.setdefault(situation, [])
+            programs.insert(0, program)
+            del programs[MAX_PROGRAMS:]
             return program
 
     def build(self, module, args, kwargs):
