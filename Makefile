@@ -50,6 +50,7 @@ results: install
 	$(BIN)/python -m fastcnn.benchmarks.report
 	$(BIN)/python -m fastcnn.benchmarks.predict
 	$(BIN)/python -m fastcnn.benchmarks.predict_memory
+	$(BIN)/python -m fastcnn.benchmarks.predict_backward
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -26,5 +26,5 @@ def conv2d_backward():
     yield "densenet121 64 to 128", case(64, 64, 128, 56, "relu", buffer=256)
     yield "mobilenetv2 24 to 144, join", case(256, 24, 144, 56, join=True)
     yield "efficientnet 96 to 24", case(256, 96, 24, 56, "silu")
-    yield "128 to 256, gelu", case(64, 128, 256, 28, "gelu", dtype=fp16)
+    yield "resnext50 128 to 256", case(256, 128, 256, 56, "relu", dtype=fp16)
     yield "beyond 2^31 elements", case(2048, 64, 256, 72, "relu")
