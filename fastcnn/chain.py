@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcnn import functional as F
-from fastcnn.ops import common, conv2d, pooling
+from fastcnn.ops import common, conv2d, pool_again, pooling
 from fastcnn.ops import conv_batch_norm as fused
 from fastcnn.ops import pending as passes
 from fastcnn.ops.activation import activation_reference
@@ -248,6 +248,7 @@ def _read(x, conv, gamma, beta, running_mean, running_var, norm, slot=None):
         y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
             e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
             running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot,
+            *pool_again.recipe_of(e.x),
         )  # fmt: skip
     leave(z, passed)
     return y, scale, shift
@@ -338,7 +339,12 @@ def multiply(a, b):
 def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
     """fastcnn.functional.max_pool2d of a tensor or value, a tensor."""
     if not isinstance(x, Pending):
-        return F.max_pool2d(materialize(x), kernel_size, stride, padding, dilation, ceil_mode)
+        x = materialize(x)
+        if pool_again.recipe_of(x)[0] is None:
+            return F.max_pool2d(x, kernel_size, stride, padding, dilation, ceil_mode)
+        return pool_again.max_pool2d(
+            x, list(pooling.window(x, kernel_size, stride, padding, dilation, ceil_mode)), ceil_mode
+        )
     window = pooling.window(x.raw, kernel_size, stride, padding, dilation, ceil_mode)
     return _pool(x, MaxPool(list(window), ceil_mode))
 
@@ -367,6 +373,7 @@ def _pool(x, pool):
     backend = fused.op.route(expression.x, lambda backend: None)
     y, passed = PendingPoolFunction.apply(*expression[:6], scaled, pool, backend)
     leave(None, passed)
+    pool_again.note(y, expression, pool, backend)
     return y
 
 

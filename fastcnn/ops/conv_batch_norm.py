@@ -9,7 +9,8 @@ activation and batch norm's sums before it stores. Elsewhere, and with a gate, z
 Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
 back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
 sum of their gradients.
-Saved for backward: x, y (in training), weight, vectors; of a join its z and the sides that have a scale.
+Saved for backward: x (or what pool_again makes it of), y (in training), weight, vectors; of a join its z and the sides
+that have a scale.
 Torch counterpart: torch.nn.functional.conv2d and batch_norm. Sources: Ioffe and Szegedy 2015; the gradients of batch
 norm that join the convolution's, fastcnn's documentation of the chain.
 """
@@ -110,7 +111,8 @@ class ConvBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, scale, shift, gate, right, right_scale, right_shift, weight, bias, gamma, beta, running_mean,
-        running_var, activation, slope, out, scaled, geometry, norm, backend, slot=None,
+        running_var, activation, slope, out, scaled, geometry, norm, backend, slot=None, again=None,
+        made_of=(),
     ):  # fmt: skip
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
         loads, fused = _loads(e, backend), {}
@@ -137,9 +139,12 @@ class ConvBatchNormFunction(torch.autograd.Function):
                 mean = mean if bias is None else mean - bias
             *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps, backend, running)
         ctx.save_for_backward(
-            None if e.is_sum else x, scale, shift, gate, None if right_scale is None else right, right_scale,
-            z if e.is_join else None, weight, gamma, y if batch else None, mean, invstd,
+            None if e.is_sum or again is not None else x, scale, shift, gate, None if right_scale is None else right,
+            right_scale, z if e.is_join else None, weight, gamma, y if batch else None, mean, invstd, *made_of,
         )  # fmt: skip
+        ctx.again = again
+        if again is not None and any(ctx.needs_input_grad):
+            again.readers += 1
         ctx.form = (activation, slope, out, e.is_join, scaled)
         ctx.where = (geometry, norm, rows, backend)
         ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
@@ -150,7 +155,9 @@ class ConvBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_scale, grad_shift, grad_z, grad_passed):
         refuse_second_derivatives()
-        *inputs, weight, gamma, y, mean, invstd = ctx.saved_tensors
+        *inputs, weight, gamma, y, mean, invstd = ctx.saved_tensors[:12]
+        if ctx.again is not None:
+            inputs[0] = ctx.again.make(ctx.saved_tensors[12:], grad_y is not None)
         geometry, norm, rows, backend = ctx.where
         needs, join = ctx.needs_input_grad, ctx.form[3]
         inputs = Inputs(*inputs, *ctx.form)
@@ -174,7 +181,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         return (
             *grads,
             *(grad if need else None for grad, need in zip(parameters, needs[7:11], strict=True)),
-            *[None] * 10,
+            *[None] * 12,
         )
 
 
@@ -210,11 +217,11 @@ class Inputs(NamedTuple):
         vectors = self.scale, self.shift, self.activation, self.slope, self.gate
         return pending.pending_forward(self.x, *vectors, None, None, None, "none", backend)
 
-    def grads(self, grad, add, need_gate, backend):
+    def grads(self, grad, add, need_gate, backend, overwrite=False):
         """Gradients of (x, scale, shift, gate, right, right_scale, right_shift), given that of z."""
         grad_x, sums, grad_right, right_sums, grad_gate = pending.pending_backward(
             grad, add, self.x, self.scale, self.shift, self.activation, self.slope, self.gate, self.join, self.right,
-            self.right_scale, self.z, self.out, need_gate, self.scaled, backend,
+            self.right_scale, self.z, self.out, need_gate, self.scaled, backend, overwrite,
         )  # fmt: skip
         return (
             grad_x,
@@ -259,7 +266,7 @@ def _on_cpu(
         return (None,) * 7, grad_weight
     if inputs.is_plain:
         return (dz if add is None else dz.add_(add), *[None] * 6), grad_weight
-    return inputs.grads(dz, add, need_gate, backend), grad_weight
+    return inputs.grads(dz, add, need_gate, backend, overwrite=True), grad_weight
 
 
 def _on_gpu(
