@@ -24,8 +24,8 @@ from fastcnn.benchmarks.timing import ceilings, dtype_name, measure, peak_bytes,
 from fastcnn.benchmarks.training_step import WARM_UP, Expected, Graph, Step, loss_of, with_layers
 
 PASSES = ("forward", "backward", "optimizer", "step")  # forward: with the loss, and clearing the gradients
-GRAPHED = ("torch-nhwc", "fastcnn", "fastcnn-auto")  # providers that are also captured in a CUDA graph
-GATED = ("fastcnn", "fastcnn-auto")  # PyTorch is the yardstick
+GRAPHED = ("torch-nhwc", "fastcnn", "fastcnn-auto", "fastcnn-chain")  # providers that are also captured in a CUDA graph
+GATED = ("fastcnn", "fastcnn-auto", "fastcnn-chain")  # PyTorch is the yardstick
 
 
 def run(names, providers, device, quick, results_folder, deadline=None, parts=False, batch=None, commit=None):

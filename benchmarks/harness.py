@@ -17,7 +17,8 @@ import fastcnn
 from fastcnn.benchmarks.timing import dtype_name, measure, peak_bytes, saved_bytes
 from fastcnn.testing import assert_close_to_truth
 
-PROVIDERS = ("torch", "torch-nhwc", "compile", "compile-max", "fastcnn", "fastcnn-auto")
+PROVIDERS = ("torch", "torch-nhwc", "compile", "compile-max", "fastcnn", "fastcnn-auto", "fastcnn-chain")
+OF_NETWORKS = ("fastcnn-chain",)  # converted by fastcnn.convert: single ops have no such form
 TORCH = SimpleNamespace(functional=torch.nn.functional, optim=torch.optim)
 MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 AGAIN = "again"  # the first provider a second time: the difference is the noise

@@ -12,7 +12,7 @@ from fastcnn.benchmarks.harness import PROVIDERS
 from fastcnn.benchmarks.rows import KEY, newest
 
 REFERENCES = ("torch", "torch-nhwc")
-OURS = ("fastcnn", "fastcnn-auto")
+OURS = ("fastcnn", "fastcnn-auto", "fastcnn-chain")
 PASSES = ("forward", "grad_input", "grad_weight", "backward", "optimizer", "step")
 
 

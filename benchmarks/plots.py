@@ -20,6 +20,7 @@ PROVIDER_COLOURS = {
     "compile-max": "#B8860B",
     "fastcnn": "#0072B2",
     "fastcnn-auto": "#7FC4E8",
+    "fastcnn-chain": "#CC79A7",
 }
 OP_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#555555")
 # text stays text: small files and readable differences

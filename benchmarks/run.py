@@ -13,7 +13,7 @@ from fastcnn.benchmarks.timing import ceilings, dtype_name, keep_memory
 # when a --quick run starts nothing more: the last network may take two minutes on a GPU (it compiles), one on CPU
 QUICK_SECONDS = {"cuda": 360, "cpu": 240}
 # compiling takes longer than measuring there, and users of CPUs rarely do
-CPU_PROVIDERS = ("torch", "torch-nhwc", "fastcnn", "fastcnn-auto")
+CPU_PROVIDERS = ("torch", "torch-nhwc", "fastcnn", "fastcnn-auto", "fastcnn-chain")
 LAYOUTS = ("channels_last", "contiguous")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -43,8 +43,8 @@ def bench(
         quick: few cases and short measuring; `seconds` defaults to `QUICK_SECONDS`.
         ops: names of `cases.OPS`; default: all.
         case: only cases whose name contains this.
-        providers: names of `harness.PROVIDERS`; default: all, on CPU without torch.compile, in quick runs without its
-            max-autotune (minutes of compiling).
+        providers: names of `harness.PROVIDERS`, of which ops leave out OF_NETWORKS; default: all, on CPU without
+            torch.compile, in quick runs without its max-autotune (minutes of compiling).
         device: "auto", "cpu" or "cuda".
         dtype: "bf16", "fp16" or "fp32"; default: bf16 on a GPU, fp32 on CPU.
         layout: "channels_last" (default) or "contiguous", of compile and fastcnn.
@@ -172,6 +172,7 @@ def run_ops(selected, providers, setting, results, deadline=None, resume=False, 
     Returns:
         list of rows; each case's are on disk as soon as they are measured.
     """
+    providers = [name for name in providers if name not in harness.OF_NETWORKS]
     info = rows.run_info(setting.device, ceilings(setting.device), commit)
     print(_header(info, setting), flush=True)
     if info["busy"] is not None and info["busy"] > 0.1:

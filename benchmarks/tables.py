@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import Counter
 
+from fastcnn.benchmarks.harness import OF_NETWORKS
 from fastcnn.benchmarks.judge import OURS, PASSES, REFERENCES, by, case_of, geomean, line_of, lines, providers_in
 
 
@@ -220,7 +221,7 @@ def _memory(rows):
     for name in ("peak_bytes", "saved_bytes"):
         found = {r["provider"]: r[name] for r in rows if r["status"] == "ok" and r.get(name) is not None}
         theirs = min((found[p] for p in REFERENCES if p in found), default=None)
-        ours = next((found[p] for p in OURS if p in found), None)
+        ours = next((found[p] for p in (*OF_NETWORKS, *OURS) if p in found), None)
         sizes = ["–" if size is None else f"{size / 1e6:,.{1 if size < 1e8 else 0}f}" for size in (theirs, ours)]
         cells.append("" if theirs is None and ours is None else " → ".join(sizes))
     return cells

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fastcnn
-from fastcnn.benchmarks.harness import MEMORY_FORMATS, api_of, layout_of, set_switches
+from fastcnn.benchmarks.harness import MEMORY_FORMATS, OF_NETWORKS, api_of, layout_of, set_switches
 
 WARM_UP = 3  # steps before anything is measured: to compile, to choose algorithms, to fill caches
 GATE_IMAGES = 8
@@ -36,6 +36,8 @@ class Step:
         api = api_of(provider)
         self.model = with_layers(copy.deepcopy(model), fastcnn.nn if api is fastcnn else nn)
         self.model.to(images.device, images.dtype, memory_format=memory_format)
+        if provider in OF_NETWORKS:
+            fastcnn.convert(self.model)
         self.images, self.labels = images.contiguous(memory_format=memory_format), labels
         self.autocast = functools.partial(torch.autocast, images.device.type, torch.bfloat16, enabled=autocast)
         self.loss_of = functools.partial(loss_of, self.model, api.functional.cross_entropy)

@@ -129,7 +129,8 @@ def _bench_parser():
         nargs="+",
         default=None,
         type=str,
-        help="only these of torch, torch-nhwc, compile, compile-max, fastcnn (own kernels alone), fastcnn-auto",
+        help="only these of torch, torch-nhwc, compile, compile-max, fastcnn (own kernels alone), fastcnn-auto, "
+        "fastcnn-chain (networks, by fastcnn.convert)",
     )
     parser.add_argument("--device", default="auto", type=str, help="auto, cpu or cuda")
     parser.add_argument("--dtype", default=None, type=str | None, help="bf16, fp16 or fp32")

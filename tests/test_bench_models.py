@@ -13,7 +13,7 @@ from fastcnn.benchmarks.families import REST, _kernels, families, family
 from fastcnn.benchmarks.harness import restored_switches
 
 CPU = torch.device("cpu")
-PROVIDERS = ["torch", "torch-nhwc", "fastcnn", "fastcnn-auto"]
+PROVIDERS = ["torch", "torch-nhwc", "fastcnn", "fastcnn-auto", "fastcnn-chain"]
 
 
 class OwnReLU(nn.ReLU):
@@ -72,7 +72,7 @@ def test_rows(small, tmp_path, capsys):
     ]
     assert len(rows.newest(found)) == len(found)
     by = {(row["provider"], row["pass"]): row for row in found}
-    for provider in ("torch", "torch-nhwc", "fastcnn-auto"):
+    for provider in ("torch", "torch-nhwc", "fastcnn-auto", "fastcnn-chain"):
         step = by[provider, "step"]
         assert step["status"] == "ok" and step["samples"] >= 3 and 0 < step["p20"] <= step["ms"] <= step["p80"]
         parts = [by[provider, label] for label in ("forward", "backward", "optimizer")]
