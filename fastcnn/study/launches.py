@@ -139,10 +139,12 @@ class _Recorder(TorchDispatchMode):
         made = [tensor for tensor in given if tensor.untyped_storage()._cdata not in storages]
         written = made + (given[:1] if function._schema.is_mutable else [])
         # ops of ours that are registered with PyTorch launch nothing on this device: they count as one kernel each
-        if function.namespace in ("aten", "fastcnn") and written and "empty" not in function._schema.name:
+        on_gpu = written and written[0].is_meta
+        if function.namespace in ("aten", "fastcnn") and on_gpu and "empty" not in function._schema.name:
             name = function._schema.name
             read = [] if "new_" in name or "_like" in name else read  # they ask for the shape alone
-            self.launches.append(Launch(name, sum(map(_bytes, read + written))))
+            distinct = {(_place(t), tuple(t.shape), t.stride()): _bytes(t) for t in read}
+            self.launches.append(Launch(name, sum(distinct.values()) + sum(map(_bytes, written))))
         return result
 
 
