@@ -51,6 +51,7 @@ results: install
 	$(BIN)/python -m fastcnn.benchmarks.predict
 	$(BIN)/python -m fastcnn.benchmarks.predict_memory
 	$(BIN)/python -m fastcnn.benchmarks.predict_backward
+	$(BIN)/python -m fastcnn.benchmarks.predict_chain
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
