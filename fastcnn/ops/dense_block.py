@@ -97,8 +97,9 @@ def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_wei
     )
     del z, grad_y
     grad_x, sums, *_ = pending.pending_backward(
-        dz, None, x, scale, shift, activation, slope, None, False, None, None, None, "none", False, scaled, backend
-    )
+        dz, None, x, scale, shift, activation, slope, None, False, None, None, None, "none", False, scaled, backend,
+        overwrite=True,
+    )  # fmt: skip
     return grad_x if out is None else torch.add(grad_x, add, out=out), *sums, grad_weight
 
 
