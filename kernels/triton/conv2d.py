@@ -185,7 +185,10 @@ def conv2d_forward_kernel(
             if PENDING is not None:
                 scale = channel_vector(scale_ptr + g * C, channels, C)
                 shift = channel_vector(shift_ptr + g * C, channels, C)
-                z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
+                z = pending_activation(
+                    accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING,
+                    x_block.dtype.primitive_bitwidth == 16,
+                )  # fmt: skip
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, tl.trans(w_block), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
@@ -213,7 +216,10 @@ def conv2d_forward_kernel(
             if PENDING is not None:
                 scale = channel_vector(scale_ptr + g * C, c0 + c, C)
                 shift = channel_vector(shift_ptr + g * C, c0 + c, C)
-                z = pending_activation(accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
+                z = pending_activation(
+                    accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING,
+                    x_block.dtype.primitive_bitwidth == 16,
+                )  # fmt: skip
                 x_block = tl.where(inside[:, None], z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
             c0, s, r = next_step(c0, s, r, C, S, BLOCK_K)
@@ -640,7 +646,8 @@ def conv2d_backward_weight_kernel(
                 value = tl.where(dy_mask, value, 0.0)
             dy_block = value.to(dy_block.dtype)
         if PENDING is not None:
-            z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING)
+            MAXIMUM: tl.constexpr = x_block.dtype.primitive_bitwidth == 16
+            z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING, MAXIMUM)
             if FOLDED:
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             else:

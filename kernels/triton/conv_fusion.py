@@ -12,12 +12,15 @@ from fastcnn.kernels.triton.activation import activate, activate_backward
 
 
 @triton.jit
-def pending_activation(x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr):
-    """z = act(x * scale + shift). ACTIVATION "none" leaves the affine map."""
+def pending_activation(
+    x, scale, shift, SLOPE: tl.constexpr, ACTIVATION: tl.constexpr, MAXIMUM: tl.constexpr = True
+):  # fmt: skip
+    """z = act(x * scale + shift). ACTIVATION "none" leaves the affine map; MAXIMUM: how relu is computed."""
     u = x * scale + shift
     if ACTIVATION == "none":
         return u
-    elif ACTIVATION == "relu":  # one instruction, where the comparison of `activate` and its select are two
+    elif ACTIVATION == "relu" and MAXIMUM:
+        # one instruction or, with the rounding to 16 bits, none; gathering fp32, Triton 3.6 spills with it
         return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         return activate(u, SLOPE, ACTIVATION)
