@@ -373,7 +373,8 @@ def _pool(x, pool):
     backend = fused.op.route(expression.x, lambda backend: None)
     y, passed = PendingPoolFunction.apply(*expression[:6], scaled, pool, backend)
     leave(None, passed)
-    pool_again.note(y, expression, pool, backend)
+    if backend != "triton":  # on a GPU reading x once more costs more than keeping what is a quarter of it
+        pool_again.note(y, expression, pool, backend)
     return y
 
 

@@ -60,9 +60,12 @@ def conv_batch_norm_reference(expression, weight, bias, gamma, beta, running_mea
     return F.batch_norm(y, *running, gamma, beta, norm.training, 0.0, norm.eps)
 
 
-def _loads(e, backend):
-    """Whether the convolution's kernels make z while they load x."""
-    return backend == "triton" and e.scale is not None and e.gate is None and not e.is_join
+def _loads(e, weight, geometry, backend):
+    """Whether the convolution's kernels make z while they load x: they can, and that is predicted to be faster."""
+    if backend != "triton" or e.scale is None or e.gate is not None or e.is_join:
+        return False
+    channels_last = conv2d.suggests_channels_last(e.x) or conv2d.suggests_channels_last(weight)
+    return not conv2d.should_materialize(e.x, weight, *geometry, channels_last, "conv")
 
 
 def _convolve(z, weight, bias, geometry, backend, **fused):
@@ -115,7 +118,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         made_of=(),
     ):  # fmt: skip
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
-        loads, fused = _loads(e, backend), {}
+        loads, fused = _loads(e, weight, geometry, backend), {}
         if loads:
             z, fused["pending"] = x, Pending(scale, shift, activation, slope)
         else:
@@ -145,7 +148,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         ctx.again = again
         if again is not None and any(ctx.needs_input_grad):
             again.readers += 1
-        ctx.form = (activation, slope, out, e.is_join, scaled)
+        ctx.form = (activation, slope, out, e.is_join, scaled, loads)
         ctx.where = (geometry, norm, rows, backend)
         ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
         ctx.set_materialize_grads(False)
@@ -200,6 +203,7 @@ class Inputs(NamedTuple):
     out: str
     join: bool
     scaled: bool
+    loads: bool = False  # whether the convolution's kernels make z
 
     @property
     def is_plain(self):
@@ -276,28 +280,37 @@ def _on_gpu(
     size, channels_last = image
     window = stride, padding, _, groups = geometry[1:]
     among = conv2d.among_vendors(backend, grad_y)
-    loads = inputs.scale is not None and inputs.gate is None and not inputs.join
-    loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled) if loads else None
+    loads = inputs.loads
+    is_pending = inputs.scale is not None and inputs.gate is None and not inputs.join
+    loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled) if is_pending else None
     z = inputs.x if loads else inputs.again(backend)
     # what dgrad's epilogue does
     fused = dict(correction=correction)
-    finishes = inputs.is_plain or loads or inputs.is_scaled_join
+    finishes = inputs.is_plain or is_pending or inputs.is_scaled_join
     if finishes:
         fused |= dict(pending=loaded, add=add)
         fused["join"] = Join(z if inputs.out == "relu" else None, inputs.x) if inputs.join else None
     grad_weight = None
-    if need_image and need_weight and conv2d_backward.pays(grad_y, z, weight, stride, padding, groups, **fused):
+    in_one = need_image and need_weight and (loads or not is_pending)
+    if in_one and conv2d_backward.pays(grad_y, z, weight, stride, padding, groups, **fused):
         dz, grad_weight, sums = conv2d_backward.conv2d_backward(grad_y, z, weight, **fused)
         need_weight = False
     elif need_image:
-        raw = dict(input=z) if loads else {}
+        raw = dict(input=inputs.x) if is_pending else {}
         dz = conv2d.conv2d_backward_input(
             grad_y, weight, None, size, *window, channels_last, "conv", among, **fused, **raw
         )
         dz, *sums = (dz,) if isinstance(dz, torch.Tensor) else dz
     if need_weight:
         grad_weight = conv2d.conv2d_backward_weight(
-            grad_y, z, weight, *window, "conv", among, correction=correction, pending=loaded
+            grad_y,
+            z,
+            weight,
+            *window,
+            "conv",
+            among,
+            correction=correction,
+            pending=loaded if loads else None,
         )
     if not need_image:
         grads = (None,) * 7

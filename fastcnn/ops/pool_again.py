@@ -1,7 +1,8 @@
 """Pools of pending activations that backward makes again, so that the convolutions that read them need not keep them.
 
-What they are made of is kept anyway. Between the pool and its readers the recipe lies on the tensor itself, as long as
-nobody writes to that. Readers of one tensor follow one another in backward: it is made once for all of them.
+What they are made of is kept anyway. On CPU alone: a GPU is faster with what it kept. Between the pool and its readers
+the recipe lies on the tensor itself, as long as nobody writes to that. Readers of one tensor follow one another in
+backward: it is made once for all of them.
 """
 
 import torch
@@ -30,14 +31,9 @@ class Recipe:
         return made
 
     def _compute(self, x, scale, shift, gate):
-        first, *others = self.pools
-        if pending_pool._loads(first, x, scale, gate, self.backend):
-            vectors = scale.contiguous(), shift.contiguous(), self.activation, self.slope
-            y, _ = first.forward(x, self.backend, vectors)
-        else:
-            e = pending.Expression(x, scale, shift, self.activation, self.slope, gate)
-            y, _ = first.forward(x if e.is_plain else pending.pending_forward(*e, self.backend), self.backend)
-        for pool in others:
+        e = pending.Expression(x, scale, shift, self.activation, self.slope, gate)
+        y = x if e.is_plain else pending.pending_forward(*e, self.backend)
+        for pool in self.pools:
             y, _ = pool.forward(y, self.backend)
         return y
 
@@ -54,7 +50,7 @@ def max_pool2d(x, window, ceil_mode):
     """The maximum of every window of x, which has a recipe, and so has the result; keeps which taps they came from."""
     recipe, tensors = recipe_of(x)
     pool = pending_pool.MaxPool(window, ceil_mode)
-    if recipe.backend == "triton" or (recipe.backend == "cpu" and maximum.cpu_refusal(x, window) is None):
+    if recipe.backend == "cpu" and maximum.cpu_refusal(x, window) is None:
         y, _ = maximum.MaxPool2dFunction.apply(x, window, ceil_mode, recipe.backend)
     else:
         y = torch.max_pool2d(x, *(window[i : i + 2] for i in (0, 2, 4, 6)), ceil_mode)
