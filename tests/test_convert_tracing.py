@@ -1,6 +1,7 @@
 """What a trace of torch.fx could lose (writes to shared memory, side effects, modes): convert keeps it or refuses."""
 
 import copy
+import gc
 import random
 
 import pytest
@@ -305,3 +306,17 @@ def test_what_a_trace_would_lose_is_refused(forward, reason, inside):
     if forward is counts_in_a_global:
         assert COUNTS["calls"] == saved + 4
     assert odd.calls == (2 if forward is counts_in_an_attribute else 0)
+
+
+def test_what_others_hung_on_the_garbage_collector_is_not_the_forwards_doing():
+    namespace = {"__name__": "somebody"}
+    exec("def callback(phase, info):\n    global seen\n    seen = phase", namespace)
+    gc.callbacks.append(namespace["callback"])
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        _, _, report = converted(conv_bn())
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(namespace["callback"])
+    assert "0" in report.fused

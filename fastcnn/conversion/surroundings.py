@@ -2,6 +2,7 @@
 
 import builtins
 import dis
+import gc
 import random
 import sys
 import types
@@ -67,6 +68,9 @@ class Generators:
 class Calls:
     # every Python function that runs inside the block, outside of torch itself
     def __enter__(self):
+        # what others hung on the garbage collector is not the forward's doing
+        self.collects = gc.isenabled()
+        gc.disable()
         self.functions = {}
         self.previous = sys.getprofile()
         sys.setprofile(self.event)
@@ -74,6 +78,8 @@ class Calls:
 
     def __exit__(self, *exc_info):
         sys.setprofile(self.previous)
+        if self.collects:
+            gc.enable()
 
     def event(self, frame, event, arg):
         if event == "call":
