@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import nn
 
 from fastcnn import functional as F
+from fastcnn.ops import batch_norm as batch_norm_op
+from fastcnn.ops import batch_norm_module as module
 from fastcnn.ops import common, conv2d, pool_again, pooling
 from fastcnn.ops import conv_batch_norm as fused
 from fastcnn.ops import pending as passes
@@ -99,9 +101,6 @@ class Folded:
         return Folded(self.run, **(parts | changes))
 
 
-VALUES = (Pending, Join, Folded, Measured)
-
-
 def materialize(value):
     """The value as a tensor; tensors, and whatever is no value, as they are."""
     if isinstance(value, Folded):
@@ -148,29 +147,30 @@ def _readable(value):
     return passes.Expression(materialize(value)), False, lambda z, passed: None
 
 
-def _norm(bn):
-    """(Norm, running_mean, running_var) of this call of a batch norm module, which counts the batch."""
-    momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
-    batch = bn.training or (bn.running_mean is None and bn.running_var is None)
-    running = (bn.running_mean, bn.running_var)
-    if batch and bn.training and not bn.track_running_stats:
-        running = (None, None)
-    group = None
-    if bn.training and isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-        group = bn.process_group or dist.group.WORLD
-        group = group if dist.get_world_size(group) > 1 else None
+def likeness(x):
+    """A tensor of the shape, dtype and device of a tensor or value; its numbers mean nothing."""
+    if isinstance(x, Join) and x.result is None:
+        return x.left.raw
+    return x.raw if isinstance(x, Pending) else materialize(x)
+
+
+def _norm(bn, like, channels, size):
+    """(Norm, running_mean, running_var) of this call of a batch norm module on images of these channels and this size.
+
+    Counts the batch, but not if the module does not fit: then it raises TypeError or ValueError.
+    """
+    group = module.group_of(bn)
+    # nothing but its shape, dtype and device is looked at
+    y = like.new_empty(1, dtype=conv2d.compute_dtype(like)).expand(like.shape[0], channels, *size)
+    parameters = bn.running_mean, bn.running_var, bn.weight, bn.bias
+    batch_norm_op.check(y, *parameters, module.uses_batch(bn), 0.0, bn.eps, alone=group is None)
+    *running, batch, momentum = module.arguments(bn)
     return fused.Norm(batch, momentum, bn.eps, group), *running
 
 
 def _in_one_dtype(value, weight):
     """The value and the weight as the convolution takes them: in autocast's dtype where that is on."""
-    tensor = value.raw if isinstance(value, Pending) else value if isinstance(value, torch.Tensor) else None
-    if tensor is None:
-        tensor = value.left.raw if isinstance(value, Join) and value.result is None else materialize(value)
+    tensor = likeness(value)
     dtype = conv2d.compute_dtype(tensor)
     if tensor.dtype != dtype:
         value = materialize(value).to(dtype)
@@ -220,10 +220,12 @@ def conv_batch_norm(x, conv, bn, out=None):
     """
     if _runs_plainly(x, conv):
         return bn(conv(x))
-    norm, running_mean, running_var = _norm(bn)
+    image = likeness(x)
+    geometry = _geometry(image, conv)
+    norm, running_mean, running_var = _norm(bn, image, conv.weight.shape[0], geometry.size)
     if not norm.training and not torch.is_grad_enabled():
-        return _folded(x, conv, bn, norm)
-    y, scale, shift = _read(x, conv, bn.weight, bn.bias, running_mean, running_var, norm, out)
+        return _folded(x, conv, bn, norm, geometry)
+    y, scale, shift = _read(x, conv, geometry, bn.weight, bn.bias, running_mean, running_var, norm, out)
     return Pending(y, scale, shift)
 
 
@@ -231,14 +233,13 @@ def conv(x, conv):
     """conv(x), a tensor; a value's activation is applied on load."""
     if isinstance(x, torch.Tensor) or not torch.is_grad_enabled():
         return conv(materialize(x))
-    return _read(x, conv, None, None, None, None, None)[0]
+    return _read(x, conv, _geometry(likeness(x), conv))[0]
 
 
-def _read(x, conv, gamma, beta, running_mean, running_var, norm, slot=None):
+def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_var=None, norm=None, slot=None):
     """(y, scale, shift)"""
     x, weight = _in_one_dtype(x, conv.weight)
     expression, scaled, leave = _readable(x)
-    geometry = _geometry(expression.x, conv)
     backend = fused.op.route(expression.x, lambda backend: None)
     bias = conv.bias
     if norm is None and bias is not None:
@@ -254,9 +255,8 @@ def _read(x, conv, gamma, beta, running_mean, running_var, norm, slot=None):
     return y, scale, shift
 
 
-def _folded(x, conv, bn, norm):
+def _folded(x, conv, bn, norm, geometry):
     x, weight = _in_one_dtype(materialize(x), conv.weight)
-    geometry = _geometry(x, conv)
     backend = fused.op.route(x, lambda backend: None)
 
     def run(activation, slope, residual):
@@ -274,7 +274,7 @@ def batch_norm(x, bn):
     tensor = materialize(x)
     if tensor.dim() != 4 or not torch.is_grad_enabled() or tensor.numel() == 0 or tensor.dtype not in common.FLOATS:
         return bn(tensor)
-    norm, running_mean, running_var = _norm(bn)
+    norm, running_mean, running_var = _norm(bn, tensor, tensor.shape[1], tensor.shape[2:])
     backend = fused.op.route(tensor, lambda backend: None)
     if isinstance(x, Measured) and x.mean is not None and norm.training and norm.group is None:
         vectors = SharedBatchNormFunction.apply(
@@ -424,7 +424,7 @@ def dense_block(features, layers, activation="relu", slope=0.0):
     for layer in layers:
         for bn, convolution in (layer[:2], layer[2:]):
             geometry = _geometry(x[:, :1].expand(-1, convolution.in_channels, -1, -1), convolution)
-            steps.append(Step(*_norm(bn), geometry))
+            steps.append(Step(*_norm(bn, x, convolution.in_channels, x.shape[2:]), geometry))
             weight = convolution.weight
             parameters += [bn.weight, bn.bias, weight.to(conv2d.compute_dtype(weight))]
     backend = fused.op.route(x, lambda backend: None)

@@ -1,6 +1,6 @@
 """A residual block of the chain, of every kind of input that its convolutions take, in the dtypes that people train in.
 
-x -> 1x1 -> 3x3 (stride) -> 1x1, + projection, ReLU -> join, read by a 1x1 convolution and by a sum.
+x -> 1x1 -> 3x3 (stride) -> 1x1, + projection, ReLU -> join, read by two 1x1 convolutions and by a sum.
 """
 
 from types import SimpleNamespace
@@ -44,6 +44,7 @@ def tensors(device, dtype, n, c, k, wide, size, channels_last=True, groups=1, **
         *(draw(wide, k, 1, 1, scale=k**-0.5), *vectors(wide)),
         *(draw(wide, c, 1, 1, scale=c**-0.5), *vectors(wide)),
         *(draw(wide, wide, 1, 1, scale=wide**-0.5), *vectors(wide)),
+        *(draw(wide, wide, 1, 1, scale=wide**-0.5), *vectors(wide)),
     )
 
 
@@ -52,7 +53,8 @@ def block(conv_bn, relu, add, x, *parameters, stride=1, groups=1):
     y = relu(conv_bn(x, *layers[0], 1, 0, 1))
     y = relu(conv_bn(y, *layers[1], stride, 1, groups))
     joined = relu(add(conv_bn(y, *layers[2], 1, 0, 1), conv_bn(x, *layers[3], stride, 0, 1)))
-    return add(conv_bn(joined, *layers[4], 1, 0, 1), joined)
+    both = add(conv_bn(joined, *layers[4], 1, 0, 1), conv_bn(joined, *layers[5], 1, 0, 1))
+    return add(relu(both), joined)
 
 
 def of_chain(x, *parameters, **how):
@@ -106,7 +108,7 @@ def test_both_gradients_come_from_one_kernel_where_that_pays(lane, monkeypatch):
     )
     run_with_grads(of_chain, tensors(lane.device, bf16, **SHAPES["odd"]))
     kinds = [("join" if f["join"] else "pending" if f["pending"] else "plain") for f in ran]
-    assert sorted(kinds) == ["join", "pending", "plain", "plain"]
+    assert sorted(kinds) == ["join", "pending", "plain", "plain", "plain"]
 
 
 def test_nothing_normalised_is_kept(lane):
@@ -120,7 +122,7 @@ def test_nothing_normalised_is_kept(lane):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         of_chain(*inputs)
     n, _, h, w = inputs[0].shape
-    images = {"x": 16, "first": 24, "second": 24, "third": 40, "projection": 40, "join": 40, "last": 40}
+    images = {"x": 16, "first": 24, "second": 24, "third": 40, "projection": 40, "join": 40, "readers": 80, "sum": 40}
     parameters = sum(t.numel() for t in inputs[1:])
     vectors = 40 * sum(images.values())  # scale, shift, mean, invstd and the like
     assert sum(kept.values()) <= 4 * (n * h * w * sum(images.values()) + parameters + vectors)
@@ -177,3 +179,20 @@ def test_evaluation_folds_batch_norm(batch, kind, backend):
             plain, passes.activation_reference(bn(conv(x)), kind or "tanh"), rtol=1e-4, atol=1e-5
         )
     assert conv_batch_norm.op.calls
+
+
+@pytest.mark.parametrize("bn", [torch.nn.BatchNorm2d(1, track_running_stats=False), torch.nn.BatchNorm2d(5)])
+def test_a_batch_norm_of_other_channels_is_refused(bn):
+    with pytest.raises(ValueError, match="must have 4 elements"):
+        chain.conv_batch_norm(torch.randn(2, 3, 5, 5), torch.nn.Conv2d(3, 4, 1), bn)
+    with pytest.raises(ValueError, match="must have 4 elements"):
+        chain.batch_norm(torch.randn(2, 4, 5, 5), bn)
+
+
+def test_what_does_not_fit_counts_no_batch():
+    conv, bn = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
+    with pytest.raises(ValueError, match="channels"):
+        chain.conv_batch_norm(torch.randn(2, 5, 5, 5), conv, bn)
+    with pytest.raises(ValueError, match="more than 1 value"):
+        chain.conv_batch_norm(torch.randn(1, 3, 1, 1), conv, bn)
+    assert bn.num_batches_tracked == 0

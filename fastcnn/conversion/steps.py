@@ -4,13 +4,7 @@ import torch
 from torch import nn
 
 from fastcnn import chain
-
-
-def likeness(x):
-    """A tensor of the shape, dtype and device of a tensor or value."""
-    if isinstance(x, chain.Join):
-        return x.left.raw if x.result is None else x.result
-    return x.raw if isinstance(x, chain.Pending) else chain.materialize(x)
+from fastcnn.chain import likeness
 
 
 def attribute(x, name):

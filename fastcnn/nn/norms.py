@@ -1,10 +1,10 @@
 """Norms: torch.nn's modules on fastcnn's ops, of which only `forward` differs."""
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fastcnn import functional as F
+from fastcnn.ops.batch_norm_module import arguments, group_of
 from fastcnn.ops.batch_norm_sync import sync_batch_norm
 
 
@@ -13,19 +13,10 @@ class _BatchNorm:
         """activation(batch_norm(input) + residual), as fastcnn.functional.batch_norm; both may be None."""
         self._check_input_dim(input)
         fused = dict(activation=activation, residual=residual)
-        return F.batch_norm(input, *self._arguments(), self.eps, **fused)
-
-    def _arguments(self):
-        # running_mean, running_var, weight, bias, training, momentum; counts the batch
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
-        use_batch = self.training or (self.running_mean is None and self.running_var is None)
-        update = not self.training or self.track_running_stats
-        running = (self.running_mean, self.running_var) if update else (None, None)
-        return *running, self.weight, self.bias, use_batch, momentum
+        running_mean, running_var, training, momentum = arguments(self)
+        return F.batch_norm(
+            input, running_mean, running_var, self.weight, self.bias, training, momentum, self.eps, **fused
+        )
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
@@ -45,16 +36,14 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
     def forward(self, input, *, activation=None, residual=None):
         """As BatchNorm2d's, with the statistics of all processes in training."""
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return super().forward(input, activation=activation, residual=residual)
-        group = self.process_group or dist.group.WORLD
-        if dist.get_world_size(group) == 1:
+        group = group_of(self)
+        if group is None:
             return super().forward(input, activation=activation, residual=residual)
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        running_mean, running_var, weight, bias, _, momentum = self._arguments()
+        running_mean, running_var, _, momentum = arguments(self)
         return sync_batch_norm(
-            input, running_mean, running_var, weight, bias, momentum, self.eps, group,
+            input, running_mean, running_var, self.weight, self.bias, momentum, self.eps, group,
             activation=activation, residual=residual,
         )  # fmt: skip
 

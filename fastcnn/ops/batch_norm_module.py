@@ -1,0 +1,29 @@
+"""What a call of torch's batch norm modules means beside the arithmetic: for fastcnn.nn and the fused chain alike."""
+
+import torch.distributed as dist
+from torch import nn
+
+
+def uses_batch(bn):
+    """Whether this call normalises with the statistics of the batch."""
+    return bn.training or (bn.running_mean is None and bn.running_var is None)
+
+
+def arguments(bn):
+    """(running_mean, running_var, uses_batch, momentum) of this call, which counts the batch."""
+    momentum = 0.0 if bn.momentum is None else bn.momentum
+    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:  # cumulative average
+            momentum = 1.0 / float(bn.num_batches_tracked)
+    update = not bn.training or bn.track_running_stats
+    running = (bn.running_mean, bn.running_var) if update else (None, None)
+    return *running, uses_batch(bn), momentum
+
+
+def group_of(bn):
+    """The process group whose batches a SyncBatchNorm takes together in this call, or None."""
+    if not (bn.training and isinstance(bn, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()):
+        return None
+    group = bn.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
