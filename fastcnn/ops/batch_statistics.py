@@ -13,8 +13,9 @@ import torch
 from fastcnn.ops import common
 from fastcnn.ops.conv2d_gather import kernel_strides, needs_int64
 
-# (mean - pivot)^2 / var up to which the sums are used: the variance then loses 6 of fp32's 24 bits
-FAR = 64.0
+# (mean - pivot)^2 / var up to which the sums are used: the variance then loses 6 of fp32's 24 bits, which 16-bit images
+# do not have, of fp32 images 2
+FAR, FAR_OF_FP32 = 64.0, 4.0
 BLOCK_M, BLOCK_C = 128, 16
 
 
@@ -43,6 +44,10 @@ def from_sums(y, sums, pivot, backend="triton"):
     return (_triton if backend == "triton" else _torch)(y, sums.contiguous(), pivot.contiguous())
 
 
+def _far(y):
+    return FAR_OF_FP32 if y.dtype == torch.float32 else FAR
+
+
 def _triton(y, sums, pivot):
     from fastcnn.kernels.triton.batch_statistics import batch_statistics_kernel
 
@@ -52,7 +57,7 @@ def _triton(y, sums, pivot):
         batch_statistics_kernel[(-(-c // BLOCK_C),)](
             *(y, sums, pivot, mean, var, n * p * q, p, q, c, sums.numel() // (2 * c)),
             *kernel_strides(y),
-            FAR=FAR,
+            FAR=_far(y),
             INT64=needs_int64(n * p * q, y),
             BLOCK_M=BLOCK_M,
             BLOCK_C=BLOCK_C,
@@ -65,7 +70,7 @@ def _torch(y, sums, pivot):
     rows = y.numel() // y.shape[1]
     distance = total / rows
     mean, var = pivot + distance, squares / rows - distance * distance
-    far = total.isfinite() & squares.isfinite() & ~(distance * distance <= FAR * var)
+    far = total.isfinite() & squares.isfinite() & ~(distance * distance <= _far(y) * var)
     if far.any():
         exact = batch_statistics_reference(y[:, far].double())
         mean[far], var[far] = (t.to(mean.dtype) for t in exact)
