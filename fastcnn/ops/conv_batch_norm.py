@@ -53,13 +53,6 @@ class Norm(NamedTuple):
     group: object = None
 
 
-def conv_batch_norm_reference(expression, weight, bias, gamma, beta, running_mean, running_var, geometry, norm):
-    """activation-free batch norm of the convolution in plain PyTorch; leaves the running statistics alone."""
-    y = conv2d.padded_reference(pending.pending_reference(expression), weight, bias, *geometry)
-    running = (None, None) if norm.training else (running_mean, running_var)
-    return F.batch_norm(y, *running, gamma, beta, norm.training, 0.0, norm.eps)
-
-
 def _loads(e, weight, geometry, backend):
     """Whether the convolution's kernels make z while they load x: they can, and that is predicted to be faster."""
     if backend != "triton" or e.scale is None or e.gate is not None or e.is_join:

@@ -32,21 +32,6 @@ class Step(NamedTuple):
     geometry: Convolution
 
 
-def dense_block_reference(x, steps, activation, slope, *parameters):
-    """The buffer in plain PyTorch, with ordinary gradients; leaves the running statistics alone."""
-    features = [x]
-    for i in range(len(steps) // 2):
-        z = torch.cat(features, 1)
-        for step, (gamma, beta, weight) in zip(steps[2 * i : 2 * i + 2], _triples(parameters, i), strict=True):
-            training, running = step.norm.training, (step.running_mean, step.running_var)
-            running = (None, None) if training else running
-            z = F.batch_norm(z, *running, gamma, beta, training, 0.0, step.norm.eps)
-            z = pending.pending_reference(pending.Expression(z, None, None, activation, slope))
-            z = conv2d.padded_reference(z, weight, None, *step.geometry)
-        features.append(z)
-    return torch.cat(features, 1)
-
-
 def _triples(parameters, layer):
     first = PARAMETERS * layer
     return parameters[first : first + 3], parameters[first + 3 : first + PARAMETERS]

@@ -328,15 +328,15 @@ def _gradients(
             RIGHT_SUMS=right is not None, **launch.how,
         )  # fmt: skip
         if count > 0:
-            sums = _added(partial, vector_dtype(grad)).view(count, c)
+            sums = added(partial, vector_dtype(grad)).view(count, c)
         if not need_gate:
             return sums, None
         if gate.shape[1] == 1:
-            return sums, _added(per_tile, vector_dtype(grad)).sum(1, keepdim=True).to(gate.dtype)
-        return sums, _added(per_tile, gate.dtype)
+            return sums, added(per_tile, vector_dtype(grad)).sum(1, keepdim=True).to(gate.dtype)
+        return sums, added(per_tile, gate.dtype)
 
 
-def _added(partial, dtype):
+def added(partial, dtype):
     """[groups, columns], the sum over the parts of partial [groups, parts, columns], in their order."""
     from fastcnn.kernels.triton.pending import pending_sums_kernel
 

@@ -129,7 +129,7 @@ def _launch(kernel, rows, pooled, x, scale, shift, add, **how):
             *pooled, x, scale.contiguous(), shift.contiguous(), add, grad_x, partial, rows=rows, C=c, tiles=tiles,
             tiles_per_strip=per_strip, INT64=common.exceeds_int32(x, *pooled), BLOCK_A=block_a, BLOCK_B=block_b, **how,
         )  # fmt: skip
-        return grad_x, pending._added(partial, partial.dtype).view(2, c)
+        return grad_x, pending.added(partial, partial.dtype).view(2, c)
 
 
 def _loads(pool, x, scale, gate, backend):

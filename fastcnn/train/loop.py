@@ -108,14 +108,7 @@ def _train(config, out):
     board = _tensorboard(out, len(history))
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
-        loader = batches(
-            data.train,
-            config.batch_size,
-            workers=reader_count(config),
-            pin_memory=device.type == "cuda",
-            train=(config.seed, epoch),
-            augment=config.augment,
-        )
+        loader = _training_batches(data, config, device, epoch)
         steps = len(loader)
         model.train()
         loss_sum.zero_()
@@ -254,6 +247,17 @@ def _fuse(model, out):
     write_atomically(out / "fused.txt", f"{fastcnn.convert(model, fuse=True)}\n".encode())
 
 
+def _training_batches(data, config, device, epoch):
+    return batches(
+        data.train,
+        config.batch_size,
+        workers=reader_count(config),
+        pin_memory=device.type == "cuda",
+        train=(config.seed, epoch),
+        augment=config.augment,
+    )
+
+
 def _validate(model, optimizer, data, config, device, epoch):
     """Measure on the validation images; (what `evaluate` returns, the weights it was measured with).
 
@@ -268,14 +272,7 @@ def _validate(model, optimizer, data, config, device, epoch):
     with optimizer.ema_weights():
         try:
             if buffers:
-                loader = batches(
-                    data.train,
-                    config.batch_size,
-                    workers=reader_count(config),
-                    pin_memory=device.type == "cuda",
-                    train=(config.seed, epoch),
-                    augment=config.augment,
-                )
+                loader = _training_batches(data, config, device, epoch)
                 images = (to_input(images, data.input, config, device) for images, _ in loader)
                 with autocast(config, device):
                     population_statistics(model, itertools.islice(images, STATISTICS_BATCHES))
