@@ -3,13 +3,12 @@
 import copy
 import io
 import pickle
-from datetime import timedelta
 from functools import partial
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -366,7 +365,7 @@ def test_what_the_chain_does_not_know_is_called():
         ours.Block()(x)
 
 
-WORLD, FIRST = 2, 1  # of 4 rows the first process has one
+FIRST = 1  # of 4 rows the first process has one
 
 
 def record(model, x):
@@ -376,17 +375,12 @@ def record(model, x):
     return y.detach(), x.grad, [p.grad for p in model.parameters()], list(model.buffers())
 
 
-def worker(rank, address, path):
-    torch.set_num_threads(1)
+def worker(rank, path):
     fastcnn.backend("torch")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{address}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
-    )
     model, x = torch.load(f"{path}/model.pt", weights_only=False)
     x = x[:FIRST] if rank == 0 else x[FIRST:]
     parallel = nn.parallel.DistributedDataParallel(copy.deepcopy(model), broadcast_buffers=False)
     results = {"parallel": record(parallel, x.clone())}
-    del parallel  # its threads must not outlive the process group
     calls = {"all_gather": 0, "all_reduce": 0}
 
     def counted(function):
@@ -400,8 +394,6 @@ def worker(rank, address, path):
     # DistributedDataParallel refuses SyncBatchNorm on a CPU
     results["synchronised"] = record(nn.SyncBatchNorm.convert_sync_batchnorm(model), x.clone())
     torch.save((results, calls), f"{path}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
@@ -409,8 +401,8 @@ def test_two_processes(tmp_path):
     model = hostile(ours.ChainSequential(*layers)).double()
     x = torch.randn(4, 3, 5, 5, dtype=torch.float64) + torch.arange(4.0).view(4, 1, 1, 1)
     torch.save((model, x), tmp_path / "model.pt")
-    mp.spawn(worker, (tmp_path / "store", tmp_path), nprocs=WORLD)
-    (first, calls), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    processes.run(worker, tmp_path)
+    (first, calls), (second, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(processes.WORLD))
     # statistics of all processes: one process with all rows
     y, grad, grads, buffers = record(Plain(model), x.clone())
     parts = first["synchronised"], second["synchronised"]

@@ -2,10 +2,9 @@
 
 import copy
 
+import processes
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 import fastcnn
@@ -41,21 +40,18 @@ def train(model, part):
         optimizer.step()
 
 
-def worker(rank, address, path, channels_last):
-    torch.set_num_threads(1)
+def worker(rank, path, channels_last):
     fastcnn.backend("cpu")
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
     model = build().to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
     # a bucket smaller than one layer, and gradients as views of the buckets
     ddp = DistributedDataParallel(model, bucket_cap_mb=0.001, gradient_as_bucket_view=True)
     train(ddp, slice(rank * 4, rank * 4 + 4))
     torch.save(model.state_dict(), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("channels_last", (False, True), ids=("contiguous", "channels_last"))
 def test_two_processes_equal_one(tmp_path, channels_last):
-    mp.spawn(worker, (tmp_path / "store", tmp_path, channels_last), nprocs=2)
+    processes.run(worker, tmp_path, channels_last)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     alone = copy.deepcopy(build())
     train(alone, slice(None))

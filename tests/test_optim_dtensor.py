@@ -1,9 +1,9 @@
 """Our optimizers on FSDP2's parameters: every process updates its own part."""
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import fastcnn
@@ -31,13 +31,11 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
-def worker(rank, store):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def worker(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))
     with fastcnn.backend("cpu"), fastcnn.strict():
         for name in SEVERAL:
@@ -65,9 +63,8 @@ def worker(rank, store):
         for refused in (build("SGD", shared.parameters(), max_grad_norm=1.0), optim.LARS(shared.parameters())):
             with pytest.raises(NotImplementedError, match="part of DTensor parameters"):
                 refused.step()
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch without torch.distributed")
 def test_parameters_of_fsdp2(tmp_path):
-    mp.spawn(worker, (tmp_path / "store",), nprocs=2)
+    processes.run(worker, tmp_path)

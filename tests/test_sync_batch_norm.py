@@ -3,10 +3,10 @@
 import copy
 import os
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 import fastcnn
@@ -15,7 +15,6 @@ from fastcnn.ops.batch_norm import finished
 from fastcnn.ops.batch_norm_sync import sync_batch_norm
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-WORLD = 2
 # rows of the first process (of 5), shape of a row, layout, activation, residual, dtype
 CASES = {
     "contiguous": (3, (4, 3, 5), torch.contiguous_format, None, False, torch.float32),
@@ -69,12 +68,10 @@ def double_backward(norm):
     return torch.autograd.grad(grad.square().sum(), x)[0]
 
 
-def worker(rank, address, path):
-    torch.set_num_threads(1)
+def worker(rank, path):
     if INTERPRET:
         import interpreter_repairs  # noqa: F401
     fastcnn.backend("triton" if INTERPRET else "cpu")
-    dist.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=WORLD)
     results = {}
     for case, (first, *_, dtype) in CASES.items():
         norm = nn.SyncBatchNorm.convert_sync_batchnorm(module(case))
@@ -82,14 +79,13 @@ def worker(rank, address, path):
             results[case] = run(norm, case, slice(0, first) if rank == 0 else slice(first, None))
     results["double backward"] = double_backward(nn.SyncBatchNorm(2, dtype=torch.float64))
     torch.save(results, f"{path}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("sync")
-    mp.spawn(worker, (path / "store", path), nprocs=WORLD)
-    return [torch.load(path / f"{rank}.pt") for rank in range(WORLD)]
+    processes.run(worker, path)
+    return [torch.load(path / f"{rank}.pt") for rank in range(processes.WORLD)]
 
 
 @pytest.mark.interpret
