@@ -27,6 +27,6 @@ def _process(rank, worker, folder, *arguments):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     worker(rank, folder, *arguments)
     dist.barrier()
-    # DistributedDataParallel takes the process group down while it holds Python's lock, for which a thread of gloo that
-    # frees the last gradients may wait with the group's own: in PyTorch 2.13 one process in a hundred never ended
+    # without PyTorch's teardown: DistributedDataParallel takes the group down while it holds Python's lock, for which
+    # one of gloo's threads may wait, holding the group's (pytorch/pytorch#56297). One process in 130 never ended
     os._exit(0)
