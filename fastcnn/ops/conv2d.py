@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from fastcnn.backends import Op, current_backend, is_strict
 from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_stem, conv2d_vendor, conv_launch
 from fastcnn.ops.conv_fusion import Join, Pending
-from fastcnn.ops.conv_sums import accumulator_dtype
+from fastcnn.ops.conv_sums import accumulator_dtype, sum_parts
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -82,7 +82,7 @@ def _output(out, like, channels, size, channels_last):
     return out
 
 
-def _is_packed(tensor, gaps=True):
+def is_packed(tensor, gaps=True):
     """Whether the tensor is NHWC and every pixel starts on 16 bytes; gaps: also a slice of a wider one's channels."""
     pitch, c, size = conv2d_images.pixel_pitch(tensor), tensor.shape[1], tensor.element_size()
     in_units = pitch is not None and c * size % 16 == 0 and pitch * size % 16 == 0
@@ -110,9 +110,9 @@ def _access(kind, image, weight, output, groups, others):
     unit = 16 // image.element_size()
     # the gradient of the weight is written in any strides; filters of shorter pixels are only read expanded or singly
     filters = [] if kind == "backward_weight" or (groups > 1 and weight.shape[1] % unit) else [weight]
-    if all(map(_is_packed, [image, *outputs])) and all(_is_packed(weight, gaps=False) for weight in filters):
+    if all(map(is_packed, [image, *outputs])) and all(is_packed(weight, gaps=False) for weight in filters):
         return "packed"
-    if kind != "backward_input" and all(_is_packed(t, gaps=False) for t in outputs) and _has_packed_rows(image):
+    if kind != "backward_input" and all(is_packed(t, gaps=False) for t in outputs) and _has_packed_rows(image):
         return "image"
     # both tensors that are read
     read = {"forward": (image, weight), "backward_input": (output, weight), "backward_weight": (output, image)}
@@ -260,6 +260,7 @@ def conv2d_backward_input(
     join=None,
     add=None,
     out=None,
+    in_parts=False,
 ):
     """Gradient of the input [N, C, *size]. With a bias [C] it is the forward of conv_transpose2d.
 
@@ -271,6 +272,8 @@ def conv2d_backward_input(
             dm * left [C], sum of dm [C]), where dz is the gradient of the input and add. Not with pending.
         add: a gradient that is added, shaped as the result, or None; the sums of pending are without it.
         out: where the result is written, or None; it is what is returned. It may be add: then that is accumulated.
+        in_parts: with pending or join, the result is (grad_input or dm, the two sums [S, 2, C] in S parts): for who
+            adds up a few as easily as one.
 
     Raises:
         TypeError, ValueError: out is not of the result's shape, dtype and device; join and pending are both given.
@@ -281,8 +284,8 @@ def conv2d_backward_input(
     summed = pending is not None or join is not None
     if grad_input.numel() == 0:
         dtype = accumulator_dtype(grad_input.dtype)
-        zeros = torch.zeros((2, grad_input.shape[1]), dtype=dtype, device=grad_input.device)
-        return (grad_input, *zeros) if summed else grad_input
+        zeros = torch.zeros((1, 2, grad_input.shape[1]), dtype=dtype, device=grad_input.device)
+        return _with_sums(grad_input, zeros, in_parts) if summed else grad_input
     geometry = stride, padding, dilation, groups
     precision = precision_of(grad_output, tf32_switch)
     if correction is not None:
@@ -309,7 +312,11 @@ def conv2d_backward_input(
 
     options = dict(bias=bias, correction=correction, pending=pending, join=join, add=add)
     grad_input, sums = _chosen(problem, run, backend, grad_output, **options)
-    return (grad_input, *sums) if summed else grad_input
+    return _with_sums(grad_input, sums, in_parts) if summed else grad_input
+
+
+def _with_sums(result, parts, in_parts):
+    return (result, parts) if in_parts else (result, *sum_parts(parts))
 
 
 def conv2d_backward_weight(

@@ -15,7 +15,7 @@ import math
 import torch
 
 from fastcnn.ops import common
-from fastcnn.ops.conv_sums import accumulator_dtype, sum_pixels, sum_rows, sum_rows_in_parts, sum_slabs
+from fastcnn.ops.conv_sums import accumulator_dtype, sum_pixels, sum_rows_in_parts, sum_slabs
 
 BAND = 8  # row tiles that share the column tiles through L2
 COPY_BLOCK = 512
@@ -178,7 +178,7 @@ def backward_input(
     conv_transpose2d. add may be grad_input itself.
 
     Returns:
-        With pending (grad_scale, grad_shift) [C] in fp32 (fp64 for fp64), the sums of du * input and of du; with a join
+        With pending [S, 2, C] in fp32 (fp64 for fp64), to be added up: the sums of du * input and of du; with a join
         those of dm * left and of dm. Else None.
     """
     from fastcnn.kernels.triton.conv2d import conv2d_backward_input_kernel
@@ -213,7 +213,7 @@ def backward_input(
             **options,
             **_tile(launch),
         )
-        return None if sums is None else tuple(sum_rows(sums))
+        return None if sums is None else sum_rows_in_parts(sums)
 
 
 def _split(pixels, launch):

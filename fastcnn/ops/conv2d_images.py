@@ -10,7 +10,7 @@ import torch
 
 from fastcnn.ops import common
 from fastcnn.ops.conv_launch import is_one_pixel
-from fastcnn.ops.conv_sums import sum_rows, sum_rows_in_parts, sum_slabs
+from fastcnn.ops.conv_sums import sum_rows_in_parts, sum_slabs
 
 
 @functools.lru_cache(maxsize=1024)
@@ -130,7 +130,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
     """Launch the kernel that forward and gradient of the input share: x is what is read, y what is written.
 
     Returns:
-        sums [2, channels of y], forward [S, 2, channels] to be added up, or None where fusion asks for none.
+        sums [S, 2, channels of y] to be added up, or None where fusion asks for none.
     """
     from fastcnn.kernels.triton.conv2d_images import conv2d_images_kernel
 
@@ -181,7 +181,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
         )
         if sums is None:
             return None
-        return sum_rows(sums) if backward else sum_rows_in_parts(sums)
+        return sum_rows_in_parts(sums)
 
 
 def forward(
@@ -225,7 +225,7 @@ def backward_input(
     join=None,
     add=None,
 ):
-    """Gradient of the input, or with a bias the transposed convolution; returns a pending's or join's sums or None."""
+    """Gradient of the input, or with a bias the transposed convolution; returns a pending's or join's sums [S, 2, C] or None."""
     geometry = stride, padding, dilation, groups
     raw = join.left if join else input if pending else None
     fusion = bias, None, pending, correction, add, raw, join, None

@@ -65,9 +65,16 @@ def _sum_shares(image, out):
 
 def sum_rows(partial):
     """The sum [2, C] of partial sums [rows, 2, C]."""
-    rows, _, c = partial.shape
-    out = torch.empty((2, c), dtype=partial.dtype, device=partial.device)
-    sum_pixels(partial.view(rows, 2 * c, 1, 1), out)
+    return sum_parts(sum_rows_in_parts(partial))
+
+
+def sum_parts(parts):
+    """The sum [2, C] of parts [S, 2, C]."""
+    if len(parts) == 1:
+        return parts[0]
+    out = torch.empty_like(parts[0])
+    with common.device_guard(parts):
+        sum_slabs(parts, out)
     return out
 
 
