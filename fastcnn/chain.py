@@ -157,15 +157,15 @@ def likeness(x):
 def _norm(bn, like, channels, size):
     """(Norm, running_mean, running_var) of this call of a batch norm module on images of these channels and this size.
 
-    Counts the batch, but not if the module does not fit: then it raises TypeError or ValueError.
+    Raises TypeError or ValueError if the module does not fit, before anything changes.
     """
     group = module.group_of(bn)
     # nothing but its shape, dtype and device is looked at
     y = like.new_empty(1, dtype=conv2d.compute_dtype(like)).expand(like.shape[0], channels, *size)
     parameters = bn.running_mean, bn.running_var, bn.weight, bn.bias
     batch_norm_op.check(y, *parameters, module.uses_batch(bn), 0.0, bn.eps, alone=group is None)
-    *running, batch, momentum = module.arguments(bn)
-    return fused.Norm(batch, momentum, bn.eps, group), *running
+    *running, batch, momentum, batches = module.arguments_and_counter(bn)
+    return fused.Norm(batch, momentum, bn.eps, group, batches), *running
 
 
 def _in_one_dtype(value, weight):

@@ -52,16 +52,18 @@ def test_running_statistics(lane, backend, dtype, kept, offset, counted):
     rows = torch.tensor(7.0, dtype=dtype, device=lane.device) if counted else 7
     before = torch.randn((2, 19), device=lane.device).to(kept)
     running = before.clone()
-    versions = running[0]._version
-    result = bn.affine(mean, var, weight, bias, EPS, backend, bn.Running(*running, offset, rows, 0.3))
+    batches = torch.tensor(2**40, device=lane.device)
+    versions = running[0]._version, batches._version
+    result = bn.affine(mean, var, weight, bias, EPS, backend, bn.Running(*running, offset, rows, 0.3, batches))
     for ours, alone in zip(result, bn.affine(mean, var, weight, bias, EPS, backend), strict=True):
         assert torch.equal(ours, alone)
     batch = mean.double() + (0 if offset is None else offset.double())
     truth = before.double() * 0.7 + 0.3 * torch.stack([batch, var.double() * 7 / 6])
     assert_close_to_truth("running", running, truth.to(kept), truth, kept)
-    assert running[0]._version > versions
-    unchanged = bn.affine(mean, var, weight, bias, EPS, backend, bn.Running(None, None, offset, rows, 0.3))
-    assert torch.equal(unchanged[0], result[0])
+    assert running[0]._version > versions[0] and batches._version > versions[1] and batches == 2**40 + 1
+    counted_alone = bn.Running(None, None, offset, rows, 0.3, batches)
+    unchanged = bn.affine(mean, var, weight, bias, EPS, backend, counted_alone)
+    assert torch.equal(unchanged[0], result[0]) and batches == 2**40 + 2
 
 
 def test_running_statistics_that_are_not_contiguous(lane, backend):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastcnn.ops import batch_statistics
-from fastcnn.ops.batch_statistics import batch_statistics_reference, from_sums
+from fastcnn.ops import batch_norm_affine, batch_statistics
+from fastcnn.ops.batch_statistics import affine_from_sums, batch_statistics_reference, from_sums
 from fastcnn.testing import assert_close_to_truth
 
 LANES = ("triton", "cpu")
@@ -81,6 +81,35 @@ def test_slabs_are_added(lane):
     far = check(lane, y, pivot, slabs)
     again = from_sums(y, slabs, pivot, backend(lane))
     assert all(torch.equal(a, b) for a, b in zip(far, again, strict=True))
+
+
+@pytest.mark.parametrize("apart", (False, True), ids=("contiguous", "strided"))
+@pytest.mark.parametrize("offset", (False, True), ids=("", "offset"))
+@pytest.mark.parametrize("dtype, parameters", ((fp32, fp32), (torch.bfloat16, None), (fp64, fp64)), ids=str)
+def test_vectors_and_running_statistics_in_the_same_call(lane, dtype, parameters, offset, apart):
+    y = image(lane, 3, 19, 6, 5, dtype=dtype)
+    wide = fp64 if dtype == fp64 else fp32
+    pivot = torch.linspace(-2.0, 300.0, 19, device=lane.device, dtype=wide)
+    slabs = torch.zeros(700, 2, 19, device=lane.device, dtype=wide)
+    slabs[3] = sums_about(pivot, y)
+    slabs[3] -= 1.0
+    slabs[699] = 1.0
+    affine = (None, None) if parameters is None else torch.randn((2, 19), device=lane.device).to(parameters)
+    before, batches = torch.randn((2, 19), device=lane.device, dtype=wide), torch.tensor(6, device=lane.device)
+    stored = before.t().clone().t() if apart else before.clone()
+    moved = batch_norm_affine.Running(
+        *stored, torch.full((19,), 0.25, device=lane.device) if offset else None, 90, 0.3, batches
+    )
+    mean, *vectors = affine_from_sums(y, slabs, pivot, *affine, 1e-3, backend(lane), moved)
+    expected_mean, var = from_sums(y, slabs, pivot, backend(lane))
+    assert torch.equal(mean, expected_mean) and batches == 7
+    again = before.clone()
+    expected = batch_norm_affine.affine(mean, var, *affine, 1e-3, running=moved._replace(mean=again[0], var=again[1]))
+    limit = 1e-6 if wide == fp32 else 1e-14
+    for ours, theirs in zip((*vectors, stored), (*expected, again), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
+    for ours, alone in zip(vectors, affine_from_sums(y, slabs, pivot, *affine, 1e-3, backend(lane))[1:], strict=True):
+        assert torch.equal(ours, alone)
 
 
 def test_nan_and_inf_stay_in_their_channels_and_do_not_cost_a_second_read(lane):

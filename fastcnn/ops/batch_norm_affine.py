@@ -18,26 +18,46 @@ BLOCK = 256  # channels per program
 class Running(NamedTuple):
     """The running statistics and how a batch moves them: running += momentum * (batch - running)."""
 
-    mean: torch.Tensor | None
-    var: torch.Tensor | None  # unbiased
-    offset: torch.Tensor | None  # what the batch's mean lacks: a convolution's bias
-    rows: int | torch.Tensor  # elements per channel
-    momentum: float
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None  # unbiased
+    offset: torch.Tensor | None = None  # what the batch's mean lacks: a convolution's bias
+    rows: int | torch.Tensor = 1  # elements per channel
+    momentum: float = 0.0
+    batches: torch.Tensor | None = None  # int64: how many there were, to which this one is added
+
+    def fits_kernels(self, like):
+        """Whether the kernels that make vectors like this one can move these statistics."""
+        contiguous = self.mean is None or (self.mean.is_contiguous() and self.var.is_contiguous())
+        return contiguous and (self.batches is None or self.batches.device == like.device)
+
+    def in_kernels(self):
+        """(mean, var, offset, batches), (momentum and what its rounding took), as kernels take them."""
+        offset = self.offset if self.mean is not None else None
+        offset = None if offset is None else offset.contiguous()
+        return (self.mean, self.var, offset, self.batches), batch_norm_passes.two_floats(self.momentum)
+
+    def changed(self):
+        """Tell autograd that a kernel moved them."""
+        written = [t for t in (self.mean, self.var, self.batches) if t is not None]
+        if written:
+            torch.autograd.graph.increment_version(written)
 
 
 def affine(mean, var, weight, bias, eps, backend="torch", running=None):
-    """(scale, shift, 1 / sqrt(var + eps)); weight and bias may be None. Moves the running statistics, if any."""
-    running = None if running is None or running.mean is None else running
-    if backend == "triton" and (running is None or (running.mean.is_contiguous() and running.var.is_contiguous())):
+    """(scale, shift, 1 / sqrt(var + eps)); weight and bias may be None. Moves what there is of running, a Running."""
+    running = Running() if running is None else running
+    if backend == "triton" and running.fits_kernels(mean):
         return _affine(mean, var, weight, bias, eps, running)
     invstd = torch.rsqrt(var + eps)
     scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
     shift = -mean * scale if bias is None else torch.addcmul(bias.to(invstd.dtype), mean, scale, value=-1)
-    if running is not None:
+    if running.mean is not None:
         batch = mean if running.offset is None else mean + running.offset.to(mean.dtype)
         running.mean.lerp_(batch.to(running.mean.dtype), running.momentum)
         unbiased = var * (running.rows / (running.rows - 1))
         running.var.lerp_(unbiased.to(running.var.dtype), running.momentum)
+    if running.batches is not None:
+        running.batches.add_(1)
     return scale, shift, invstd
 
 
@@ -94,19 +114,17 @@ def _dense(*vectors):
 def _affine(mean, var, weight, bias, eps, running):
     from fastcnn.kernels.triton.batch_norm_affine import batch_norm_affine_kernel
 
-    running = Running(None, None, None, 1, 0.0) if running is None else running
-    mean, var, weight, bias, offset = _dense(mean, var, weight, bias, running.offset)
+    mean, var, weight, bias = _dense(mean, var, weight, bias)
     scale, shift, invstd = (torch.empty_like(mean) for _ in range(3))
     c = mean.numel()
     counted = isinstance(running.rows, torch.Tensor)  # of all processes
+    moved, momentum = running.in_kernels()
     with common.device_guard(mean):
         batch_norm_affine_kernel[(-(-c // BLOCK),)](
-            mean, var, weight, bias, scale, shift, invstd, running.mean, running.var, offset,
-            running.rows if counted else None, c, 0 if counted else running.rows,
-            *batch_norm_passes.two_floats(running.momentum), EPS=eps, BLOCK=BLOCK,
+            mean, var, weight, bias, scale, shift, invstd, *moved, running.rows if counted else None, c,
+            0 if counted else running.rows, *momentum, EPS=eps, BLOCK=BLOCK,
         )  # fmt: skip
-    if running.mean is not None:
-        torch.autograd.graph.increment_version(running[:2])
+    running.changed()
     return scale, shift, invstd
 
 

@@ -11,14 +11,21 @@ def uses_batch(bn):
 
 def arguments(bn):
     """(running_mean, running_var, uses_batch, momentum) of this call, which counts the batch."""
+    *result, batches = arguments_and_counter(bn)
+    if batches is not None:
+        batches.add_(1)
+    return result
+
+
+def arguments_and_counter(bn):
+    """The same and the count of batches: whoever moves the running statistics adds one to it, unless it is None."""
+    batches = bn.num_batches_tracked if bn.training and bn.track_running_stats else None
     momentum = 0.0 if bn.momentum is None else bn.momentum
-    if bn.training and bn.track_running_stats and bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-        if bn.momentum is None:  # cumulative average
-            momentum = 1.0 / float(bn.num_batches_tracked)
+    if bn.momentum is None and batches is not None:  # cumulative average: the number itself is wanted
+        momentum, batches = 1.0 / float(batches.add_(1)), None
     update = not bn.training or bn.track_running_stats
     running = (bn.running_mean, bn.running_var) if update else (None, None)
-    return *running, uses_batch(bn), momentum
+    return *running, uses_batch(bn), momentum, batches
 
 
 def group_of(bn):

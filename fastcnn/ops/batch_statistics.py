@@ -10,13 +10,14 @@ LeVeque, Algorithms for computing the sample variance, 1983 (shifted data).
 
 import torch
 
-from fastcnn.ops import common
+from fastcnn.ops import batch_norm_affine, common
 from fastcnn.ops.conv2d_gather import kernel_strides, needs_int64
 
 # (mean - pivot)^2 / var up to which the sums are used: the variance then loses 6 of fp32's 24 bits, which 16-bit images
 # do not have, of fp32 images 2
 FAR, FAR_OF_FP32 = 64.0, 4.0
-BLOCK_M, BLOCK_C = 128, 16
+BLOCK_M, BLOCK_C = 256, 8
+AT_ONCE, WARPS = 512, 8  # rows of sums that a program loads before it adds them
 
 
 def batch_statistics_reference(y):
@@ -35,34 +36,63 @@ def from_sums(y, sums, pivot, backend="triton"):
     Raises:
         ValueError: sums or pivot do not have the channels of y.
     """
+    _check(y, sums, pivot)
+    if backend != "triton":
+        return _torch(y, sums, pivot)
+    mean, var = torch.empty_like(pivot), torch.empty_like(pivot)
+    _launch(y, sums, pivot, mean, var)
+    return mean, var
+
+
+def affine_from_sums(y, sums, pivot, weight, bias, eps, backend="triton", running=None):
+    """(mean, scale, shift, 1 / sqrt(var + eps)): from_sums and batch_norm_affine.affine, where possible in one launch.
+
+    Args:
+        running: the batch_norm_affine.Running that is moved, or None; its rows are those of y.
+    """
+    running = batch_norm_affine.Running() if running is None else running
+    if backend != "triton" or not running.fits_kernels(y):
+        mean, var = from_sums(y, sums, pivot, backend)
+        return mean, *batch_norm_affine.affine(mean, var, weight, bias, eps, backend, running)
+    _check(y, sums, pivot)
+    mean, *vectors = (torch.empty_like(pivot) for _ in range(4))
+    weight, bias = (None if vector is None else vector.contiguous() for vector in (weight, bias))
+    moved, momentum = running.in_kernels()
+    _launch(y, sums, pivot, mean, None, (weight, bias, *vectors, *moved), momentum, eps)
+    running.changed()
+    return mean, *vectors
+
+
+def _check(y, sums, pivot):
     c = y.shape[1]
     if tuple(sums.shape[-2:]) != (2, c) or sums.dim() > 3 or tuple(pivot.shape) != (c,):
         raise ValueError(
             f"sums must have shape (2, {c}) or (S, 2, {c}) and pivot ({c},), as y has {c} channels, got "
             f"{tuple(sums.shape)} and {tuple(pivot.shape)}"
         )
-    return (_triton if backend == "triton" else _torch)(y, sums.contiguous(), pivot.contiguous())
 
 
 def _far(y):
     return FAR_OF_FP32 if y.dtype == torch.float32 else FAR
 
 
-def _triton(y, sums, pivot):
+def _launch(y, sums, pivot, mean, var, affine=(None,) * 9, momentum=(0.0, 0.0), eps=0.0):
     from fastcnn.kernels.triton.batch_statistics import batch_statistics_kernel
 
     n, c, p, q = y.shape
-    mean, var = torch.empty_like(pivot), torch.empty_like(pivot)
     with common.device_guard(y):
         batch_statistics_kernel[(-(-c // BLOCK_C),)](
-            *(y, sums, pivot, mean, var, n * p * q, p, q, c, sums.numel() // (2 * c)),
-            *kernel_strides(y),
+            *(y, sums.contiguous(), pivot.contiguous(), mean, var, *affine),
+            *(n * p * q, p, q, c, sums.numel() // (2 * c)),
+            *(*kernel_strides(y), *momentum),
+            EPS=eps,
             FAR=_far(y),
             INT64=needs_int64(n * p * q, y),
             BLOCK_M=BLOCK_M,
             BLOCK_C=BLOCK_C,
+            AT_ONCE=AT_ONCE,
+            num_warps=WARPS,
         )
-    return mean, var
 
 
 def _torch(y, sums, pivot):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, pending
+from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, pending
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -45,12 +45,16 @@ class Convolution(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Batch norm's numbers. training: with the statistics of the batch; group: of all its processes', or None."""
+    """Batch norm's numbers. training: with the statistics of the batch; group: of all its processes', or None.
+
+    batches: the module's count of batches, to which whoever moves its running statistics adds this one, or None.
+    """
 
     training: bool
     momentum: float
     eps: float
     group: object = None
+    batches: torch.Tensor | None = None
 
 
 def _loads(e, weight, geometry, backend):
@@ -61,10 +65,18 @@ def _loads(e, weight, geometry, backend):
     return not conv2d.should_materialize(e.x, weight, *geometry, channels_last, "conv")
 
 
-def _convolve(z, weight, bias, geometry, backend, **fused):
-    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch."""
+def _joins(e, weight, geometry, backend):
+    """Whether the convolution's kernel makes z, a join, and writes it: it can, and that is predicted to be faster."""
+    _, stride, padding, _, groups = geometry
+    return backend == "triton" and e.is_join and conv2d_join.pays(e, weight, stride, padding, groups)
+
+
+def _convolve(z, weight, bias, geometry, backend, join=None, **fused):
+    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch. join: the Expression of z, to write."""
     if backend != "triton":
         return F.conv2d(z, weight, bias, *geometry[1:])
+    if join is not None:
+        return conv2d_join.conv2d_join(join, weight, z, **fused)
     channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
     among = conv2d.among_vendors(backend, z)
     return conv2d.conv2d_forward(z, weight, bias, *geometry, channels_last, "conv", among, **fused)
@@ -84,21 +96,25 @@ def refuse_second_derivatives():
         )
 
 
-def _with_statistics(z, weight, geometry, running_mean, norm, backend, fused):
-    """(y, mean, var, rows)."""
+def _normalised(z, weight, geometry, gamma, beta, running, norm, backend, fused):
+    """(y, rows, mean, scale, shift, invstd) of the batch, which moves the running statistics."""
     if backend == "triton":
         dtype = pending.vector_dtype(z)
-        pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running_mean is None else running_mean.to(dtype)
+        pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running.mean is None else running.mean.to(dtype)
         y, sums = _convolve(z, weight, None, geometry, backend, pivot=pivot, **fused)
-        mean, var = batch_statistics.from_sums(y, sums, pivot)
     else:
         y = _convolve(z, weight, None, geometry, backend)
-        mean, var = pending.statistics(y, backend)
     rows = y.numel() // y.shape[1]
+    if norm.group is None:
+        check_rows(y)
+        if backend == "triton":
+            running = running._replace(rows=rows)
+            return y, rows, *batch_statistics.affine_from_sums(y, sums, pivot, gamma, beta, norm.eps, backend, running)
+    mean, var = batch_statistics.from_sums(y, sums, pivot) if backend == "triton" else pending.statistics(y, backend)
     if norm.group is not None:
-        return y, *bn.gather_statistics(mean, var, rows, norm.group)
-    check_rows(y)
-    return y, mean, var, rows
+        mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
+    running = running._replace(rows=rows)
+    return y, rows, mean, *bn.affine(mean, var, gamma, beta, norm.eps, backend, running)
 
 
 class ConvBatchNormFunction(torch.autograd.Function):
@@ -114,26 +130,29 @@ class ConvBatchNormFunction(torch.autograd.Function):
         loads, fused = _loads(e, weight, geometry, backend), {}
         if loads:
             z, fused["pending"] = x, Pending(scale, shift, activation, slope)
+        elif slot is None and (norm is not None or bias is None) and _joins(e, weight, geometry, backend):
+            z, fused["join"] = torch.empty_like(x), e
         else:
             z = x if e.is_plain else pending.pending_forward(*e, backend)
         if slot is not None and backend == "triton":
             channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
             fused["out"] = slot.tensor(z, weight.shape[0], geometry.size, channels_last)
         batch = norm is not None and norm.training
-        vectors, mean, invstd, rows, running = (None, None), None, None, 1, None
+        vectors, mean, invstd, rows = (None, None), None, None, 1
         if batch:
-            y, mean, var, rows = _with_statistics(z, weight, geometry, running_mean, norm, backend, fused)
             # a constant before batch norm moves the running mean and nothing else
-            running = bn.Running(running_mean, running_var, bias, rows, norm.momentum)
+            running = bn.Running(running_mean, running_var, bias, momentum=norm.momentum, batches=norm.batches)
+            y, rows, mean, *vectors, invstd = _normalised(
+                z, weight, geometry, gamma, beta, running, norm, backend, fused
+            )
         else:
             y = _convolve(z, weight, bias if norm is None else None, geometry, backend, **fused)
         if slot is not None and backend != "triton":
             y = slot.filled(y)
-        if norm is not None:
-            if not batch:
-                mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
-                mean = mean if bias is None else mean - bias
-            *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps, backend, running)
+        if norm is not None and not batch:
+            mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+            mean = mean if bias is None else mean - bias
+            *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps, backend)
         ctx.save_for_backward(
             None if e.is_sum or again is not None else x, scale, shift, gate, None if right_scale is None else right,
             right_scale, z if e.is_join else None, weight, gamma, y if batch else None, mean, invstd, *made_of,

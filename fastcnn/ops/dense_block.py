@@ -220,7 +220,7 @@ class DenseBlockFunction(torch.autograd.Function):
 def _running(step, rows):
     if not step.norm.training:
         return None
-    return bn.Running(step.running_mean, step.running_var, None, rows, step.norm.momentum)
+    return bn.Running(step.running_mean, step.running_var, None, rows, step.norm.momentum, step.norm.batches)
 
 
 class SharedBatchNormFunction(torch.autograd.Function):
@@ -229,7 +229,7 @@ class SharedBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, mean, var, weight, bias, running_mean, running_var, norm, backend):
         rows = x.numel() // x.shape[1]
-        running = bn.Running(running_mean, running_var, None, rows, norm.momentum)
+        running = bn.Running(running_mean, running_var, None, rows, norm.momentum, norm.batches)
         scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
         ctx.save_for_backward(mean, invstd, weight)
         ctx.set_materialize_grads(False)

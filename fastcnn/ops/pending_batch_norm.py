@@ -23,7 +23,7 @@ class PendingBatchNormFunction(torch.autograd.Function):
                 mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
             else:
                 check_rows(x)
-            running = bn.Running(running_mean, running_var, None, rows, norm.momentum)
+            running = bn.Running(running_mean, running_var, None, rows, norm.momentum, norm.batches)
         else:
             mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
         scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)

@@ -4,17 +4,15 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["rows"])
-def batch_norm_affine_kernel(
-    mean_ptr, var_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, invstd_ptr,
-    running_mean_ptr, running_var_ptr, offset_ptr, rows_ptr, C, rows, momentum, momentum_rest,
-    EPS: tl.constexpr, BLOCK: tl.constexpr,
+@triton.jit
+def store_affine(
+    c, inside, mean, var, n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, invstd_ptr,
+    running_mean_ptr, running_var_ptr, offset_ptr, batches_ptr, momentum, momentum_rest, EPS: tl.constexpr,
 ):  # fmt: skip
-    # one program computes scale, shift and invstd of BLOCK channels and moves their running statistics, if any
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = c < C
-    mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
-    var = tl.load(var_ptr + c, mask=inside, other=1.0)
+    """Scale, shift and invstd of the channels c, from mean and var of n values; moves the running statistics, if any.
+
+    The first program also counts the batch in batches, if there is a counter.
+    """
     invstd = 1.0 / tl.sqrt(var + EPS)
     scale = invstd
     if weight_ptr is not None:
@@ -30,16 +28,36 @@ def batch_norm_affine_kernel(
         momentum = tl.zeros_like(mean) + momentum + momentum_rest
         if offset_ptr is not None:
             mean += tl.load(offset_ptr + c, mask=inside, other=0.0).to(mean.dtype)
-        if rows_ptr is not None:
-            n = tl.load(rows_ptr).to(mean.dtype)
-        else:
-            n = rows.to(mean.dtype)
         running = tl.load(running_mean_ptr + c, mask=inside, other=0.0).to(mean.dtype)
         running = (1.0 - momentum) * running + momentum * mean
         tl.store(running_mean_ptr + c, running.to(running_mean_ptr.dtype.element_ty), mask=inside)
         running = tl.load(running_var_ptr + c, mask=inside, other=0.0).to(mean.dtype)
         running = (1.0 - momentum) * running + momentum * (var * (n / (n - 1.0)))
         tl.store(running_var_ptr + c, running.to(running_var_ptr.dtype.element_ty), mask=inside)
+    if batches_ptr is not None:
+        if tl.program_id(0) == 0:
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def batch_norm_affine_kernel(
+    mean_ptr, var_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, invstd_ptr,
+    running_mean_ptr, running_var_ptr, offset_ptr, batches_ptr, rows_ptr, C, rows, momentum, momentum_rest,
+    EPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # one program computes scale, shift and invstd of BLOCK channels and moves their running statistics, if any
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = c < C
+    mean = tl.load(mean_ptr + c, mask=inside, other=0.0)
+    var = tl.load(var_ptr + c, mask=inside, other=1.0)
+    if rows_ptr is not None:
+        n = tl.load(rows_ptr).to(mean.dtype)
+    else:
+        n = rows.to(mean.dtype)
+    store_affine(
+        c, inside, mean, var, n, weight_ptr, bias_ptr, scale_ptr, shift_ptr, invstd_ptr,
+        running_mean_ptr, running_var_ptr, offset_ptr, batches_ptr, momentum, momentum_rest, EPS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,8 +1,12 @@
-"""Mean and variance per channel from sums about a pivot, exact also where the pivot was far from the mean."""
+"""Mean and variance per channel from sums about a pivot, exact also where the pivot was far from the mean.
+
+With scale_ptr also batch norm's vectors, the running statistics and the count of batches, in the same launch.
+"""
 
 import triton
 import triton.language as tl
 
+from fastcnn.kernels.triton.batch_norm_affine import store_affine
 from fastcnn.kernels.triton.common import accumulator
 
 
@@ -12,7 +16,16 @@ def batch_statistics_kernel(
     sums_ptr,  # [slabs, 2, C]: of y - pivot, and of its square
     pivot_ptr,
     mean_ptr,
-    var_ptr,
+    var_ptr,  # or None
+    weight_ptr,  # this one and those below, but for numbers: see store_affine
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    invstd_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    offset_ptr,
+    batches_ptr,
     M,  # N * P * Q
     P,
     Q,
@@ -22,11 +35,14 @@ def batch_statistics_kernel(
     stride_c,
     stride_p,
     stride_q,
+    momentum,
+    momentum_rest,
+    EPS: tl.constexpr,
     FAR: tl.constexpr,  # (mean - pivot)^2 / variance from which the sums are not trusted
     INT64: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    AT_ONCE: tl.constexpr = 32,
+    AT_ONCE: tl.constexpr,
 ):
     # one program computes BLOCK_C channels; only where one of them had a bad pivot does it read their pixels again
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -73,4 +89,10 @@ def batch_statistics_kernel(
         mean = tl.where(far, (mean.to(tl.float64) + rest).to(ACC), mean)
         var = tl.where(far, tl.where(exact < 0.0, 0.0, exact).to(ACC), var)
     tl.store(mean_ptr + c, mean, mask=inside)
-    tl.store(var_ptr + c, var, mask=inside)
+    if var_ptr is not None:
+        tl.store(var_ptr + c, var, mask=inside)
+    if scale_ptr is not None:
+        store_affine(
+            c, inside, mean, var, count, weight_ptr, bias_ptr, scale_ptr, shift_ptr, invstd_ptr,
+            running_mean_ptr, running_var_ptr, offset_ptr, batches_ptr, momentum, momentum_rest, EPS,
+        )  # fmt: skip

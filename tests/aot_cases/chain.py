@@ -1,7 +1,9 @@
 """The fused training chain: what is computed between its convolutions."""
 
+import torch
+
 from aot_cases.common import bf16, fp16, fp32, fp64, t
-from fastcnn.ops import batch_norm_affine, pending
+from fastcnn.ops import batch_norm_affine, batch_statistics, pending
 
 
 def pending_activation():
@@ -53,10 +55,15 @@ def batch_norm_vectors():
     def case(c, dtype=fp32, parameters=fp32, running=True, counted=False, training=True):
         v, w = t(c, dtype=dtype), None if parameters is None else t(c, dtype=parameters)
         rows = t(dtype=fp32) if counted else 802816
-        moved = batch_norm_affine.Running(w, w, w, rows, 0.1) if running else None
+        moved = batch_norm_affine.Running(w, w, w, rows, 0.1, t(dtype=torch.int64)) if running else None
+        y, sums = t(256, c, 14, 14, dtype=fp64 if dtype == fp64 else bf16), t(392, 2, c, dtype=dtype)
 
         def call():
             batch_norm_affine.affine(v, v, w, w, 1e-5, "triton", moved)
+            if running and not counted:
+                batch_statistics.affine_from_sums(y, sums, v, w, w, 1e-5, "triton", moved)
+            elif training:
+                batch_statistics.from_sums(y, sums, v)
             batch_norm_affine.affine_backward(v, v, v, v, w, 802816, training, None, "triton")
 
         return call
