@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastcnn.ops import batch_norm_affine, batch_statistics
+from fastcnn.ops import batch_norm_affine, batch_statistics, conv_sums
 from fastcnn.ops.batch_statistics import affine_from_sums, batch_statistics_reference, from_sums
 from fastcnn.testing import assert_close_to_truth
 
@@ -126,6 +126,19 @@ def test_nan_and_inf_stay_in_their_channels_and_do_not_cost_a_second_read(lane):
     expected = batch_statistics_reference(y)
     torch.testing.assert_close(mean[others], expected[0][others])
     torch.testing.assert_close(var[others], expected[1][others])
+
+
+@pytest.mark.parametrize("few", (100, 2048), ids=("in two launches", "in one"))
+def test_many_rows_of_sums(lane, few, monkeypatch):
+    if lane.name == "cpu":
+        pytest.skip("a GPU's convolutions leave rows")
+    monkeypatch.setattr(conv_sums, "FEW_ROWS", few)
+    partial = torch.randn((1111, 2, 19), device=lane.device)
+    parts = conv_sums.sum_rows_in_parts(partial)
+    assert (parts is partial) == (few > 1111) and len(parts) <= few
+    ours, truth = conv_sums.sum_parts(parts), partial.double().sum(0)
+    assert_close_to_truth("sums", ours, partial.sum(0), truth, fp32)
+    assert torch.equal(conv_sums.sum_parts(partial[:1]), partial[0])
 
 
 def test_in_64_bits(lane, monkeypatch):

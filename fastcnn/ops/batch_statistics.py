@@ -10,14 +10,13 @@ LeVeque, Algorithms for computing the sample variance, 1983 (shifted data).
 
 import torch
 
-from fastcnn.ops import batch_norm_affine, common
+from fastcnn.ops import batch_norm_affine, common, conv_sums
 from fastcnn.ops.conv2d_gather import kernel_strides, needs_int64
 
 # (mean - pivot)^2 / var up to which the sums are used: the variance then loses 6 of fp32's 24 bits, which 16-bit images
 # do not have, of fp32 images 2
 FAR, FAR_OF_FP32 = 64.0, 4.0
-BLOCK_M, BLOCK_C = 256, 8
-AT_ONCE, WARPS = 512, 8  # rows of sums that a program loads before it adds them
+BLOCK_M = 256
 
 
 def batch_statistics_reference(y):
@@ -81,18 +80,25 @@ def _launch(y, sums, pivot, mean, var, affine=(None,) * 9, momentum=(0.0, 0.0), 
 
     n, c, p, q = y.shape
     with common.device_guard(y):
-        batch_statistics_kernel[(-(-c // BLOCK_C),)](
+        batch_statistics_kernel[(-(-c // conv_sums.COLUMNS),)](
             *(y, sums.contiguous(), pivot.contiguous(), mean, var, *affine),
             *(n * p * q, p, q, c, sums.numel() // (2 * c)),
             *(*kernel_strides(y), *momentum),
             EPS=eps,
-            FAR=_far(y),
-            INT64=needs_int64(n * p * q, y),
-            BLOCK_M=BLOCK_M,
-            BLOCK_C=BLOCK_C,
-            AT_ONCE=AT_ONCE,
-            num_warps=WARPS,
+            **launch_options(y),
         )
+
+
+def launch_options(y):
+    """How kernels that call kernels/triton/batch_statistics.statistics of images y are compiled and launched."""
+    return dict(
+        FAR=_far(y),
+        INT64=needs_int64(y.numel() // y.shape[1], y),
+        BLOCK_M=BLOCK_M,
+        BLOCK_C=conv_sums.COLUMNS,
+        AT_ONCE=conv_sums.AT_ONCE,
+        num_warps=conv_sums.WARPS,
+    )
 
 
 def _torch(y, sums, pivot):

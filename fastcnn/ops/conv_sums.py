@@ -8,6 +8,10 @@ PROGRAMS = 264  # two waves of an H100: a sum with fewer tiles is split over its
 MIN_STEPS = 4  # steps of a block of rows that a split is worth
 TILE = (64, 32)  # rows, columns
 SUM_BLOCK = 256
+# Rows of sums that one program adds, of so many columns (32 bytes, a sector of memory), without a launch before it that
+# adds shares of them. An H100's SM reads about 64 bytes a clock from L2 and waits some 300 ns for the first: 512 rows
+# of sums and of squares, 32 KB, take 0.6 us and FEW_ROWS 2.4; the launch costs 2 to 3: its start, end and that wait.
+FEW_ROWS, COLUMNS, AT_ONCE, WARPS = 2048, 8, 512, 8
 
 
 def accumulator_dtype(dtype):
@@ -69,17 +73,24 @@ def sum_rows(partial):
 
 
 def sum_parts(parts):
-    """The sum [2, C] of parts [S, 2, C]."""
+    """The sum [2, C] of parts [S, 2, C], which are few (sum_rows_in_parts)."""
+    from fastcnn.kernels.triton.conv_sums import sum_slabs_kernel
+
     if len(parts) == 1:
         return parts[0]
     out = torch.empty_like(parts[0])
+    numel, int64 = out.numel(), common.exceeds_int32(parts)
     with common.device_guard(parts):
-        sum_slabs(parts, out)
+        sum_slabs_kernel[(-(-numel // COLUMNS),)](
+            parts, out, numel, len(parts), INT64=int64, BLOCK=COLUMNS, AT_ONCE=AT_ONCE, num_warps=WARPS
+        )
     return out
 
 
 def sum_rows_in_parts(partial):
-    """[S, 2, C], fewer rows with the same sum as partial [rows, 2, C]: for who adds up a few as easily as one."""
+    """[S, 2, C], at most FEW_ROWS rows with the sum of partial [rows, 2, C], for who adds them up itself."""
     rows, _, c = partial.shape
+    if rows <= FEW_ROWS:
+        return partial
     out = torch.empty((1, 2, c), dtype=partial.dtype, device=partial.device)
     return _sum_shares(partial.view(rows, 2 * c, 1, 1), out).view(-1, 2, c)
