@@ -4,7 +4,7 @@
 
 The page benchmarks/results/resnet50-convolutions-predicted.md is made here from the shapes of shapes.json, the model of
 fastcnn/ops/conv_prediction.py and the result rows of such a GPU, once there are any; a test fails when it differs. And
-resnet50-pending-predicted.md: the layers that read a pending activation, and the two ways to read it.
+resnet50-pending-predicted.md: layers that read a pending activation or a residual join, and the two ways to read it.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from fastcnn import tune
 from fastcnn.benchmarks import shapes
 from fastcnn.benchmarks.rows import newest, read_rows
+from fastcnn.ops import conv2d_join_launch
 from fastcnn.ops.chips import CHIPS, SUSTAINED
 from fastcnn.ops.conv_prediction import pending_seconds, ranked, roofline
 from fastcnn.ops.conv_problem import KINDS
@@ -110,8 +111,39 @@ def page(rows):
     )
 
 
+def joins():
+    """[(name, layers, conv2d_join_launch.Joined)] of the distinct convolutions that are the first to read a join."""
+    found = []
+    for layer, problems in layers():
+        # of every block but the first: before that one there is a pool
+        if layer["name"].endswith("conv1") and layer["name"] not in ("conv1", "layer1.0.conv1"):
+            p = problems["forward"]
+            found.append((layer["name"], layer["count"], conv2d_join_launch.Joined(p.n * p.h * p.w, p.c, p.k)))
+    return found
+
+
+def _table_of_joins():
+    head, ends = ["layer", "layers", "channels", "filters", "apart MB", "in one MB"], ["---", *["---:"] * 5]
+    for gpu in PENDING_GPUS:
+        head += [f"{gpu}: tile", "apart µs", "in one µs", "of it memory µs", "choice"]
+        ends += ["---", "---:", "---:", "---:", "---"]
+    table = [head, ends]
+    for name, count, problem in joins():
+        cells = [name, str(count), str(problem.c), str(problem.k)]
+        cells += [f"{size / 1e6:.0f}" for size in (problem.bytes_apart, problem.bytes_together(1))]
+        for gpu in PENDING_GPUS:
+            tile = conv2d_join_launch.choose(problem, CHIPS[gpu])
+            apart = conv2d_join_launch.apart(problem, CHIPS[gpu])
+            one = conv2d_join_launch.together(problem, tile, CHIPS[gpu])
+            times = apart.seconds, one.seconds, one.memory
+            cells += ["x".join(map(str, tile[:3])), *(f"{seconds * 1e6:.0f}" for seconds in times)]
+            cells.append("in one" if conv2d_join_launch.pays(problem, CHIPS[gpu]) else "apart")
+        table.append(cells)
+    return table
+
+
 def pending_page():
-    """The text of the page about pending activations."""
+    """The text of the page about pending activations and joins."""
     head, ends = ["shape", "layers"], ["---", "---:"]
     for gpu in PENDING_GPUS:
         head += [f"{gpu}: on load µs", "written µs", "choice"]
@@ -138,6 +170,15 @@ def pending_page():
             "`conv_launch.should_materialize` says; every layer but the first is listed as if its input were pending.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),
+            "",
+            "## Residual joins, by a pass or in the convolution that reads them first",
+            "",
+            "Apart: a pass over memory reads both sides and writes the join, which the 1x1 convolution reads. In one: "
+            "the convolution's kernel makes the join and writes it. Bytes are those of images. The tile: pixels x "
+            "filters x channels of a step; where it does not hold all filters, programs read both sides again, which "
+            "the times count and the bytes do not. The choice is what `conv2d_join_launch.pays` says.",
+            "",
+            *(f"| {' | '.join(row)} |" for row in _table_of_joins()),
             "",
         ]
     )

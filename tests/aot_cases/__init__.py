@@ -5,9 +5,10 @@ shapes and strides without memory, so that a case may exceed 2^31 elements. Opti
 """
 
 from aot_cases.activation import activation
-from aot_cases.chain import batch_norm_vectors, pending_activation
+from aot_cases.chain import batch_norm_vectors, dense_block_passes, pending_activation
 from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
 from aot_cases.convolution_backward import conv2d_backward
+from aot_cases.convolution_join import conv2d_join
 from aot_cases.losses import cross_entropy, elementwise_loss, multi_margin_loss
 from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
@@ -35,10 +36,12 @@ CASES = {
         conv2d,
         conv2d_backward,
         conv2d_fused,
+        conv2d_join,
         conv2d_tiles,
         conv_transpose2d,
         cross_entropy,
         decorrelated_batch_norm,
+        dense_block_passes,
         dropout,
         elementwise_loss,
         feature_dropout,
