@@ -92,7 +92,7 @@ def test_special_values(activation):
     case = Case((2, 3, 8, 9), "rows", "affine", activation)
     # exact at the bends, too
     case.forward.scale.fill_(1), case.forward.shift.fill_(0)
-    case.forward.x[0, 0, 0, :8] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 3.0, -3.0, 6.0, -200.0])
+    case.forward.x[0, 0, 0] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 3.0, -3.0, 6.0, -200.0])
     case.grad[1, 1, 2, :2] = torch.tensor([torch.nan, torch.inf])
     check(case)
 
@@ -145,10 +145,9 @@ def test_the_number_of_threads_changes_nothing():
 
 
 def test_who_runs_where(monkeypatch):
-    large = torch.zeros(1, 1, 1, pending_cpu.SMALLEST_FORWARD)
-    assert pending_cpu.can(large[..., : pending_cpu.SMALLEST]) and not pending_cpu.can(large[..., 1:9])
-    assert pending_cpu.can_forward(large, "silu") and not pending_cpu.can_forward(large[..., 1:], "silu")
-    assert not pending_cpu.can(large.bfloat16()) and not pending_cpu.can(large, "gelu")
+    one = torch.zeros(1, 1, 1, 1)
+    assert pending_cpu.can(one, "silu") and not pending_cpu.can(one[:0])
+    assert not pending_cpu.can(one.bfloat16()) and not pending_cpu.can(one, "gelu")
     called = []
     for name in ("pending_forward", "pending_backward", "sums", "corrected", "statistics"):
         function = getattr(pending_cpu, name)
