@@ -89,7 +89,8 @@ def test_backward(lane, backend, channels, dtype, parameters, training):
         at, grad, m, v, w = tensors
         sums = (grad * at).sum(0), grad.sum(0)
         a, b, c, *grads = bn.affine_backward(*sums, m, torch.rsqrt(v + EPS), w, len(x), training, None, backend)
-        return a * grad + b * at + c, *grads, a
+        assert (b is None) == (c is None) == (not training)
+        return a * grad + (b * at + c if training else 0), *grads, a
 
     tensors = x, du, mean, var, weight
     ours, theirs = results(backend, *tensors), results("torch", *tensors)

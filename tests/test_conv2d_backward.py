@@ -200,6 +200,16 @@ def test_the_gradient_passes_where_a_join_is_nan(lane):
     assert_close_to_truth("sums", sums, yardstick[2], truth[2], fp32)
 
 
+def test_a_correction_of_constant_statistics_is_a_product(lane):
+    layer = Layer(lane.device)
+    layer.grad_output[0, 0] = torch.inf  # zero times which would be NaN
+    a = layer.correction.a
+    corrected = layer.run(correction=Correction(None, a, None, None))
+    layer.grad_output = (layer.grad_output * a.view(1, -1, 1, 1)).to(layer.dtype)
+    for ours, unfused in zip(corrected[:2], layer.run()[:2], strict=True):
+        torch.testing.assert_close(ours, unfused, rtol=0, atol=0, equal_nan=True)
+
+
 def test_rows_past_the_end_do_not_overflow(lane):
     # pixels are near the mean; z of a zero and the correction of one would be Inf in fp16
     layer = Layer(lane.device, dtype=fp16)

@@ -189,6 +189,22 @@ def test_a_batch_norm_of_other_channels_is_refused(bn):
         chain.batch_norm(torch.randn(2, 4, 5, 5), bn)
 
 
+@pytest.mark.parametrize("dtype", [fp32, bf16])
+def test_an_inf_stays_one_through_constant_statistics(lane, dtype):
+    torch.manual_seed(0)
+    conv, bn = torch.nn.Conv2d(8, 16, 1, bias=False).to(lane.device, dtype), torch.nn.BatchNorm2d(16).to(lane.device)
+    bn.eval().running_var.uniform_(0.5, 2.0)
+    inputs = (torch.rand(2, 8, 5, 6) + 0.5).to(lane.device, dtype).requires_grad_(), *conv.parameters()
+    grad = torch.zeros(2, 16, 5, 6, dtype=dtype, device=lane.device)
+    grad[1, 3, 2, 4] = torch.inf
+    for read in (lambda x: chain.conv_batch_norm(x, conv, bn), lambda x: chain.batch_norm(conv(x), bn)):
+        z = chain.materialize(read(inputs[0]))
+        ours = torch.autograd.grad(z, (*inputs, bn.weight, bn.bias), grad)
+        assert ours[0][1, :, 2, 4].isinf().all() and ours[1][3].isinf().all() and ours[3][3].isinf()
+        for found in ours[:2]:
+            assert not found.isnan().any() and found.isfinite().sum() == found.numel() - 8
+
+
 def test_what_does_not_fit_counts_no_batch():
     conv, bn = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)
     with pytest.raises(ValueError, match="channels"):

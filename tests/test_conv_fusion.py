@@ -392,6 +392,16 @@ def test_backward_weight_options(lane, family, kind, activation, correction):
 # traps
 
 
+@over("backward_input", "backward_weight")
+def test_a_correction_of_constant_statistics_is_a_product(lane, family, kind):
+    layer = Layer(family, kind, lane.device)
+    layer.grad_output[0, 0] = torch.inf  # zero times which would be NaN
+    a = layer.correction.a
+    corrected = getattr(layer, kind)(correction=Correction(None, a, None, None))
+    layer.grad_output = (layer.grad_output * a.view(1, -1, 1, 1)).to(layer.dtype)
+    torch.testing.assert_close(corrected, getattr(layer, kind)(), rtol=0, atol=0, equal_nan=True)
+
+
 @over("forward", "backward_weight", only=WITH_PENDING)
 def test_padding_is_zero_after_the_transform(lane, family, kind):
     layer = Layer(family, kind, lane.device)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from fastcnn.ops import batch_norm_passes, common
+from fastcnn.ops import batch_norm_passes, common, conv_sums
 
 BLOCK = 256  # channels per program
 
@@ -65,11 +65,12 @@ def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training
     """Gradients from those of scale (sum of du * x) and shift (sum of du).
 
     Args:
+        grad_scale, grad_shift: [C]; in backend "triton" without a group also [S, C], in parts to be added up.
         rows: elements per channel; with a group, of the batches of all its processes.
-        training: whether mean and var were those of the batch: else b = c = 0.
+        training: whether mean and var were those of the batch: else grad_x = a * du.
 
     Returns:
-        (a, b, c, grad_weight, grad_bias), the latter two of this process's batch.
+        (a, b, c, grad_weight, grad_bias), the latter two of this process's batch; b and c None without training.
     """
     if backend == "triton" and group is None:
         return _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training)
@@ -77,7 +78,7 @@ def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training
     grad_bias = grad_shift
     grad_weight = (grad_scale - mean * grad_shift) * invstd
     if not training:
-        return scale, torch.zeros_like(scale), torch.zeros_like(scale), grad_weight, grad_bias
+        return scale, None, None, grad_weight, grad_bias
     total_weight, total_bias = grad_weight, grad_bias
     if group is not None:
         total = torch.stack([grad_weight, grad_bias])
@@ -131,13 +132,25 @@ def _affine(mean, var, weight, bias, eps, running):
 def _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training):
     from fastcnn.kernels.triton.batch_norm_affine import batch_norm_affine_backward_kernel
 
-    grad_scale, grad_shift, mean, invstd, weight = _dense(grad_scale, grad_shift, mean, invstd, weight)
-    a, b, c = (torch.empty_like(mean) for _ in range(3))
+    mean, invstd, weight = _dense(mean, invstd, weight)
+    if grad_scale.dim() == 1:
+        grad_scale, grad_shift = _dense(grad_scale, grad_shift)
+    a = torch.empty_like(mean)
+    b, c = (torch.empty_like(mean) if training else None for _ in range(2))
     grad_weight, grad_bias = (torch.empty_like(mean if weight is None else weight) for _ in range(2))
     channels = mean.numel()
+    parts, how = parts_of(grad_scale)
     with common.device_guard(mean):
-        batch_norm_affine_backward_kernel[(-(-channels // BLOCK),)](
-            grad_scale, grad_shift, mean, invstd, weight, a, b, c, grad_weight, grad_bias, channels, rows,
-            TRAINING=training, BLOCK=BLOCK,
+        batch_norm_affine_backward_kernel[(-(-channels // how["BLOCK"]),)](
+            grad_scale, grad_shift, mean, invstd, weight, a, b, c, grad_weight, grad_bias, channels, rows, *parts,
+            **how,
         )  # fmt: skip
     return a, b, c, grad_weight, grad_bias
+
+
+def parts_of(vector):
+    """(number of parts, their distance) of a vector [C] or [S, C], and how kernels that add them are launched."""
+    if vector.dim() == 1:
+        return (1, 0), dict(AT_ONCE=1, BLOCK=BLOCK)
+    how = dict(AT_ONCE=conv_sums.AT_ONCE, BLOCK=conv_sums.COLUMNS, num_warps=conv_sums.WARPS)
+    return (len(vector), vector.stride(0)), how

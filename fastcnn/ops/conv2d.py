@@ -296,6 +296,7 @@ def conv2d_backward_input(
     )
     others = (correction and correction.y, raw, joined, add)
     problem = problem_of("backward_input", grad_input, weight, grad_output, geometry, precision, others)
+    problem = dataclasses.replace(problem, fused=problem.fused or correction is not None)
 
     def run(launch):
         if launch.family == "cudnn":
@@ -346,6 +347,7 @@ def conv2d_backward_weight(
         grad_output, correction = correction.beside(grad_output)
     others = (correction and correction.y,)
     problem = problem_of("backward_weight", input, weight, grad_output, geometry, precision, others, pending)
+    problem = dataclasses.replace(problem, fused=problem.fused or correction is not None)
 
     def run(launch):
         if launch.family == "cudnn":

@@ -115,7 +115,8 @@ def _problem(input, filters, correction, pending, join, add):
     n, c, h, w = input.shape
     x = "pending" if pending is not None else "join" if join is not None else "plain"
     masked = join is not None and join.output is not None
-    return launches.Backward(n * h * w, c, filters, correction is not None, x, masked, add is not None)
+    corrected = correction is not None and correction.y is not None
+    return launches.Backward(n * h * w, c, filters, corrected, x, masked, add is not None)
 
 
 def pays(grad_output, input, weight, stride, padding, groups, **options):
@@ -170,7 +171,7 @@ def conv2d_backward(
     bands, share, _ = launches.bands(problem, tile, here)
     slabs = torch.empty((bands, k * c), dtype=torch.float32, device=input.device)
     partial = torch.empty((bands, 2, c), dtype=torch.float32, device=input.device) if summed else None
-    vectors = lambda tensors: [vector.contiguous() for vector in tensors]
+    vectors = lambda tensors: [None if vector is None else vector.contiguous() for vector in tensors]
     images = input, add, grad_input
     strides = [None if image is None or _pixel_stride(image) == c else _pixel_stride(image) for image in images]
     with common.device_guard(input):

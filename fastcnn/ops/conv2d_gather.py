@@ -117,7 +117,7 @@ def _corrected_arguments(grad_output, correction):
     if correction is None:
         return grad_output, (None,) * 4
     grad_output, correction = correction.beside(grad_output)
-    return grad_output, (correction.y, *(t.contiguous() for t in correction[1:]))
+    return grad_output, (correction.y, *(None if t is None else t.contiguous() for t in correction[1:]))
 
 
 def forward(

@@ -159,7 +159,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
             _weight(weight, [launch.block_k, launch.block_n] if backward else [launch.block_n, launch.block_k]),
             _image(y, writes, one_pixel),
             table,
-            _flat(correction.y, reads, one_pixel) if correction else None,
+            _flat(correction.y, reads, one_pixel) if correction and correction.y is not None else None,
             *(None if t is None else _image(t, writes, one_pixel) for t in (raw, output, add)),
             *(None if vector is None else vector.contiguous() for vector in vectors),
             sums,
@@ -225,7 +225,7 @@ def backward_input(
     join=None,
     add=None,
 ):
-    """Gradient of the input, or with a bias the transposed convolution; returns a pending's or join's sums [S, 2, C] or None."""
+    """Gradient of the input, or with a bias the transposed convolution; returns the sums [S, 2, C] or None."""
     geometry = stride, padding, dilation, groups
     raw = join.left if join else input if pending else None
     fusion = bias, None, pending, correction, add, raw, join, None
@@ -265,7 +265,7 @@ def backward_weight(
             _flat(grad_output, reads_dy, one_pixel),
             _flat(input, reads_x, one_pixel),
             out,
-            _flat(correction.y, reads_dy, one_pixel) if correction else None,
+            _flat(correction.y, reads_dy, one_pixel) if correction and correction.y is not None else None,
             *(pending[:2] if pending else (None, None)),
             *(correction[1:] if correction else (None, None, None)),
             *(_rows(input, one_pixel)[0], h, w, p, q, c, k, r, s, groups, splits, grad_weight.numel()),

@@ -184,7 +184,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
                 a, b, c, grad_gamma, grad_beta = bn.affine_backward(
                     grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group, backend
                 )
-                correction = Correction(y if norm.training else grad_y, a, b, c)
+                correction = Correction(y, a, b, c)
             if needs[8]:
                 grad_bias = _grad_bias(grad_y, grad_shift, norm, correction)
             passes = _on_gpu if backend == "triton" else _on_cpu

@@ -36,17 +36,18 @@ class Correction(NamedTuple):
 
     It is the gradient of the convolution's output y [N, K, P, Q] where grad_output is that of y * scale + shift: a is
     the scale, and b and c are what the gradients of scale and shift come to through the statistics of the batch.
-    a, b, c [K]: fp32 (fp64 with fp64 tensors).
+    a, b, c [K]: fp32 (fp64 with fp64 tensors). Where the statistics were constants, y, b and c are None: not zeros,
+    whose product with an Inf is NaN.
     """
 
-    y: torch.Tensor
+    y: torch.Tensor | None
     a: torch.Tensor
-    b: torch.Tensor
-    c: torch.Tensor
+    b: torch.Tensor | None
+    c: torch.Tensor | None
 
     def beside(self, grad_output):
         """(grad_output, this correction) with the strides of one for both, which kernels read at the same places."""
-        if self.y.stride() == grad_output.stride():
+        if self.y is None or self.y.stride() == grad_output.stride():
             return grad_output, self
         if common.is_dense(grad_output):
             return grad_output, self._replace(y=common.with_strides_of(self.y, grad_output))
@@ -55,8 +56,9 @@ class Correction(NamedTuple):
 
     def reference(self, grad_output):
         """The same in plain PyTorch, in the dtype of grad_output."""
-        a, b, c = (t.to(grad_output.dtype).view(1, -1, 1, 1) for t in self[1:])
-        return grad_output * a + (b * self.y.to(grad_output.dtype) + c)
+        a, b, c = (None if t is None else t.to(grad_output.dtype).view(1, -1, 1, 1) for t in self[1:])
+        corrected = grad_output * a
+        return corrected if self.y is None else corrected + (b * self.y.to(grad_output.dtype) + c)
 
 
 class Join(NamedTuple):

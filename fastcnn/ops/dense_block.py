@@ -197,8 +197,9 @@ class DenseBlockFunction(torch.autograd.Function):
                 grad_scale, grad_shift, mean2, invstd2, gamma2, rows, second.norm.training, None, backend
             )
             loaded = Pending(scale1, shift1, activation, slope, scaled=True)
+            correction = Correction(y if second.norm.training else None, a, b, c)
             _, grad_scale, grad_shift, grad_weight1 = _convolve_backward(
-                du, Correction(y, a, b, c), buffer[:, :start], loaded, weight1, first.geometry,
+                du, correction, buffer[:, :start], loaded, weight1, first.geometry,
                 needs[PARAMETERS * i + 2], backend, add=grad[:, :start], out=gathered[:, :start],
             )  # fmt: skip
             used = mean[:start] if first.norm.training else mean1

@@ -187,7 +187,9 @@ def sums(grad, tensor, backend):
 
 
 def corrected(grad_output, y, a, b, c, backend):
-    """grad_output * a + b * y + c per channel: the gradient of y, whose statistics batch norm used."""
+    """conv_fusion.Correction(y, a, b, c) of grad_output, as a pass of its own; y, b and c may be None."""
+    if y is None:
+        return pending_forward(grad_output, a, torch.zeros_like(a), "none", 0.0, *[None] * 4, "none", backend)
     if backend == "triton":
         return _forward(grad_output, a, c, "none", 0.0, None, y, b, None, "none", y)
     if backend == "cpu" and pending_cpu.can(y):

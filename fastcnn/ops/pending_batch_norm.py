@@ -44,7 +44,7 @@ class PendingBatchNormFunction(torch.autograd.Function):
         )
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = pending.corrected(grad_raw, grad_raw if x is None else x, a, b, c, backend)
+            grad_x = pending.corrected(grad_raw, x, a, b, c, backend)
             grad_x = grad_x if grad_passed is None else grad_x.add_(grad_passed)
         grads = (
             grad if need else None

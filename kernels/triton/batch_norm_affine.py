@@ -60,30 +60,42 @@ def batch_norm_affine_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def added(ptr, c, inside, parts, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr):
+    """The channels c of a vector that comes in parts, so far apart; AT_ONCE = 1: in one."""
+    if AT_ONCE == 1:
+        return tl.load(ptr + c, mask=inside, other=0.0)
+    else:
+        part = tl.arange(0, AT_ONCE)
+        sums = tl.zeros((AT_ONCE, BLOCK), dtype=ptr.dtype.element_ty)
+        for start in range(0, parts, AT_ONCE):
+            there = (start + part < parts)[:, None] & inside[None, :]
+            sums += tl.load(ptr + ((start + part) * stride)[:, None] + c[None, :], mask=there, other=0.0)
+        return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows", "parts"])
 def batch_norm_affine_backward_kernel(
     dscale_ptr, dshift_ptr, mean_ptr, invstd_ptr, weight_ptr, a_ptr, b_ptr, c_ptr, dweight_ptr, dbias_ptr, C, rows,
-    TRAINING: tl.constexpr, BLOCK: tl.constexpr,
+    parts, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # one program computes the gradients of BLOCK channels' weight and bias, and a, b, c: dx = a * du + b * x + c
+    # one program computes the gradients of BLOCK channels' weight and bias, and a, b, c: dx = a * du + b * x + c;
+    # without b_ptr and c_ptr the statistics were constants, and dx = a * du
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
-    dscale = tl.load(dscale_ptr + channel, mask=inside, other=0.0)
-    dshift = tl.load(dshift_ptr + channel, mask=inside, other=0.0)
+    dscale = added(dscale_ptr, channel, inside, parts, stride, AT_ONCE, BLOCK)
+    dshift = added(dshift_ptr, channel, inside, parts, stride, AT_ONCE, BLOCK)
     mean = tl.load(mean_ptr + channel, mask=inside, other=0.0)
     invstd = tl.load(invstd_ptr + channel, mask=inside, other=0.0)
     a = invstd
     if weight_ptr is not None:
         a = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(mean.dtype) * invstd
     dweight = (dscale - mean * dshift) * invstd
-    b = tl.zeros_like(a)
-    c = tl.zeros_like(a)
-    if TRAINING:
+    tl.store(a_ptr + channel, a, mask=inside)
+    if b_ptr is not None:
         n = rows.to(mean.dtype)
         b = -a * invstd * dweight / n
-        c = -a * dshift / n - b * mean
-    tl.store(a_ptr + channel, a, mask=inside)
-    tl.store(b_ptr + channel, b, mask=inside)
-    tl.store(c_ptr + channel, c, mask=inside)
+        tl.store(b_ptr + channel, b, mask=inside)
+        tl.store(c_ptr + channel, -a * dshift / n - b * mean, mask=inside)
     tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=inside)
     tl.store(dbias_ptr + channel, dshift.to(dbias_ptr.dtype.element_ty), mask=inside)

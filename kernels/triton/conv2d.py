@@ -282,7 +282,7 @@ def conv2d_backward_input_kernel(
     w_ptr,
     bias_ptr,
     dx_ptr,
-    y_ptr,  # correction of dy; y is laid out as dy
+    y_ptr,  # correction of dy; y is laid out as dy; without it, b and c dy is multiplied by a
     a_ptr,
     b_ptr,
     c_ptr,
@@ -407,12 +407,15 @@ def conv2d_backward_input_kernel(
             mask=real[:, None] & (c < C)[None, :],
             other=0.0,
         )
-        if y_ptr is not None:
-            y_block = tl.load(y_ptr + dy_offsets + shift, mask=inside[:, None] & real[None, :], other=0.0)
-            y_a = channel_vector(a_ptr + g * K, k0 + k, K)[None, :]
-            y_b = channel_vector(b_ptr + g * K, k0 + k, K)[None, :]
-            y_c = channel_vector(c_ptr + g * K, k0 + k, K)[None, :]
-            value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
+        if a_ptr is not None:
+            if y_ptr is not None:
+                y_block = tl.load(y_ptr + dy_offsets + shift, mask=inside[:, None] & real[None, :], other=0.0)
+                y_a = channel_vector(a_ptr + g * K, k0 + k, K)[None, :]
+                y_b = channel_vector(b_ptr + g * K, k0 + k, K)[None, :]
+                y_c = channel_vector(c_ptr + g * K, k0 + k, K)[None, :]
+                value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
+            else:
+                value = accumulator(dy_block) * channel_vector(a_ptr + g * K, k0 + k, K)[None, :]
             dy_block = tl.where(inside[:, None], value, 0.0).to(dy_block.dtype)
         acc = tl.dot(dy_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
         k0, s, r = next_step(k0, s, r, K, s_count, BLOCK_K)
@@ -497,7 +500,7 @@ def conv2d_backward_weight_kernel(
     dy_ptr,
     x_ptr,
     dw_ptr,
-    y_ptr,  # correction of dy; y is laid out as dy
+    y_ptr,  # correction of dy; y is laid out as dy; without it, b and c dy is multiplied by a
     a_ptr,
     b_ptr,
     c_ptr,
@@ -601,8 +604,9 @@ def conv2d_backward_weight_kernel(
         x_group = x_ptr + (g * C // VECTOR * VECTOR) * stride_xc  # vectors are for one group: g is 0
     x_columns += c * stride_xc
     dy_filters = g * K * stride_yk + k * stride_yk
-    if y_ptr is not None:
+    if a_ptr is not None:
         y_a = channel_vector(a_ptr + g * K, k, K)[:, None]
+    if y_ptr is not None:
         y_b = channel_vector(b_ptr + g * K, k, K)[:, None]
         y_c = channel_vector(c_ptr + g * K, k, K)[:, None]
     if PENDING is not None:
@@ -638,9 +642,12 @@ def conv2d_backward_weight_kernel(
         x_block = tl.load(  # [BLOCK_K, BLOCK_N]
             x_group + (x_rows[:, None] + x_columns[None, :]), mask=inside, other=0.0
         )
-        if y_ptr is not None:
-            y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
-            value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
+        if a_ptr is not None:
+            if y_ptr is not None:
+                y_block = tl.load(y_ptr + dy_offsets, mask=dy_mask, other=0.0)
+                value = corrected(accumulator(dy_block), accumulator(y_block), y_a, y_b, y_c)
+            else:
+                value = accumulator(dy_block) * y_a
             # not zero where dy was masked, but there x is; fp16 could make Inf of it, and Inf times zero is NaN
             if dy_ptr.dtype.element_ty == tl.float16:
                 value = tl.where(dy_mask, value, 0.0)

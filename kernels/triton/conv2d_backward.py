@@ -26,7 +26,7 @@ from fastcnn.kernels.triton.conv_fusion import (
 @triton.jit(do_not_specialize=["M", "share"])
 def conv2d_backward_kernel(
     dy_ptr,  # [M, K]
-    y_ptr,  # correction of dy: [M, K]
+    y_ptr,  # correction of dy: [M, K]; without it, b and c dy is multiplied by a
     a_ptr,
     b_ptr,
     c_ptr,
@@ -86,12 +86,16 @@ def conv2d_backward_kernel(
         dy_offsets = row[:, None] * K + k[None, :]
         dy = tl.load(dy_ptr + m * K + dy_offsets, mask=reads_dy, other=0.0)  # [BLOCK_M, BLOCK_K]
         if a_ptr is not None:
-            y = tl.load(y_ptr + m * K + dy_offsets, mask=reads_dy, other=0.0).to(tl.float32)
-            a = channel_vector(a_ptr, k, K)[None, :]
-            b = channel_vector(b_ptr, k, K)[None, :]
-            constant = channel_vector(c_ptr, k, K)[None, :]
+            if y_ptr is not None:
+                y = tl.load(y_ptr + m * K + dy_offsets, mask=reads_dy, other=0.0).to(tl.float32)
+                a = channel_vector(a_ptr, k, K)[None, :]
+                b = channel_vector(b_ptr, k, K)[None, :]
+                constant = channel_vector(c_ptr, k, K)[None, :]
+                value = corrected(dy.to(tl.float32), y, a, b, constant)
+            else:
+                value = dy.to(tl.float32) * channel_vector(a_ptr, k, K)[None, :]
             # rows past the end stay zero
-            dy = tl.where(inside, corrected(dy.to(tl.float32), y, a, b, constant), 0.0).to(dy.dtype)
+            dy = tl.where(inside, value, 0.0).to(dy.dtype)
         x = tl.load(x_ptr + m * stride_x + row[:, None] * stride_x + c[None, :], mask=reads_x, other=0.0)
         z = x  # [BLOCK_M, BLOCK_C]
         if PENDING is not None:

@@ -60,7 +60,7 @@ def conv2d_images_kernel(
     weight_desc,  # [filters, taps * channels of a group]
     y_desc,  # [N, output pixels, K of all groups]
     taps_ptr,  # [5, output pixels]: output pixel, input pixel, tap, rows of taps, taps per row; heaviest first
-    corrected_desc,  # CORRECTED: as x_desc
+    corrected_desc,  # CORRECTED: as x_desc; None, as b_ptr and c_ptr: multiply by a
     raw_desc,  # PENDING of a gradient, or a join's left side: as y_desc
     output_desc,  # of a JOIN: as y_desc
     add_desc,  # HAS_ADD: as y_desc
@@ -156,10 +156,13 @@ def conv2d_images_kernel(
             x = pending_activation(x.to(tl.float32), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING).to(x.dtype)
         if CORRECTED:
             y_a = tl.load(a_ptr + group * C + channel, mask=read, other=0.0)
-            y_b = tl.load(b_ptr + group * C + channel, mask=read, other=0.0)
-            y_c = tl.load(c_ptr + group * C + channel, mask=read, other=0.0)
-            other = corrected_desc.load([image, first_x]).to(tl.float32)
-            x = corrected(x.to(tl.float32), other, y_a[None, :], y_b[None, :], y_c[None, :]).to(x.dtype)
+            if corrected_desc is not None:
+                y_b = tl.load(b_ptr + group * C + channel, mask=read, other=0.0)
+                y_c = tl.load(c_ptr + group * C + channel, mask=read, other=0.0)
+                other = corrected_desc.load([image, first_x]).to(tl.float32)
+                x = corrected(x.to(tl.float32), other, y_a[None, :], y_b[None, :], y_c[None, :]).to(x.dtype)
+            else:
+                x = (x.to(tl.float32) * y_a[None, :]).to(x.dtype)
         if BACKWARD:
             weight = weight_desc.load([group * C + c, this_tap * K + first_k])  # [BLOCK_K, BLOCK_N]
         else:
@@ -240,7 +243,7 @@ def conv2d_images_backward_weight_kernel(
     dy_desc,  # [N, output pixels * K of all groups]
     x_desc,  # [N, input pixels * C of all groups]
     dw_ptr,
-    corrected_desc,  # CORRECTED: as dy_desc
+    corrected_desc,  # CORRECTED: as dy_desc; None, as b_ptr and c_ptr: multiply by a
     scale_ptr,
     shift_ptr,
     a_ptr,  # CORRECTED
@@ -318,8 +321,9 @@ def conv2d_images_backward_weight_kernel(
     if CORRECTED:
         filters = first_k + tl.arange(0, BLOCK_N)
         y_a = tl.load(a_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
-        y_b = tl.load(b_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
-        y_c = tl.load(c_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
+        if corrected_desc is not None:
+            y_b = tl.load(b_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
+            y_c = tl.load(c_ptr + g * K + filters, mask=filters < K, other=0.0)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(start, stop):
         x_pixel = (first_h + p * stride_h) * W + first_w + q * stride_w
@@ -334,8 +338,12 @@ def conv2d_images_backward_weight_kernel(
                 z = tl.where(valid, z, 0.0)
             x = z.to(x.dtype)
         if CORRECTED:
-            other = corrected_desc.load([image, y_pixel * y_pitch + g * K + first_k]).to(tl.float32)
-            dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)
+            if corrected_desc is not None:
+                other = corrected_desc.load([image, y_pixel * y_pitch + g * K + first_k]).to(tl.float32)
+                value = corrected(dy.to(tl.float32), other, y_a, y_b, y_c)
+            else:
+                value = dy.to(tl.float32) * y_a
+            dy = tl.where(valid, value, 0.0).to(dy.dtype)
         acc = tl.dot(x.T, dy, acc, input_precision=PRECISION, out_dtype=tl.float32)
         q += 1
         next_row = q >= per_row

@@ -108,7 +108,7 @@ def conv2d_stem_backward_weight_kernel(
     dy_desc,  # [N, P * Q * K]
     x_desc,  # [N, H, W * C]
     dw_ptr,  # [splits, SHIFTS, K, ROWS * RUN]
-    corrected_desc,  # CORRECTED: as dy_desc
+    corrected_desc,  # CORRECTED: as dy_desc; None, as b_ptr and c_ptr: multiply by a
     a_ptr,  # CORRECTED
     b_ptr,
     c_ptr,
@@ -143,8 +143,9 @@ def conv2d_stem_backward_weight_kernel(
     last = (total * (split + 1) // splits).to(tl.int32)
     if CORRECTED:
         y_a = tl.load(a_ptr + k, mask=k < K, other=0.0)[:, None]
-        y_b = tl.load(b_ptr + k, mask=k < K, other=0.0)[:, None]
-        y_c = tl.load(c_ptr + k, mask=k < K, other=0.0)[:, None]
+        if corrected_desc is not None:
+            y_b = tl.load(b_ptr + k, mask=k < K, other=0.0)[:, None]
+            y_c = tl.load(c_ptr + k, mask=k < K, other=0.0)[:, None]
     acc = tl.zeros((BLOCK_M, ROWS * RUN), dtype=tl.float32)
     for step in range(first, last):
         image = step // (P * per_row) * BLOCK_K
@@ -154,10 +155,14 @@ def conv2d_stem_backward_weight_kernel(
         dy = dy_desc.load([image, (p * Q + q) * K + first_k]).T  # [BLOCK_M, BLOCK_K]
         x = x_desc.load([image, p * stride_h - pad_h, start - shift])
         if CORRECTED:
-            other = corrected_desc.load([image, (p * Q + q) * K + first_k]).T.to(tl.float32)
+            if corrected_desc is not None:
+                other = corrected_desc.load([image, (p * Q + q) * K + first_k]).T.to(tl.float32)
+                value = corrected(dy.to(tl.float32), other, y_a, y_b, y_c)
+            else:
+                value = dy.to(tl.float32) * y_a
             # rows past the batch are zero, where the correction could make Inf of them
             valid = ((image + tl.arange(0, BLOCK_K)) < N)[None, :]
-            dy = tl.where(valid, corrected(dy.to(tl.float32), other, y_a, y_b, y_c), 0.0).to(dy.dtype)
+            dy = tl.where(valid, value, 0.0).to(dy.dtype)
         acc = tl.dot(dy, x.reshape(BLOCK_K, ROWS * RUN), acc, out_dtype=tl.float32)
     # 64 bits: many slabs reach far
     pointers = (

@@ -76,7 +76,7 @@ def conv2d():
             yield f"{name} {channels}", case(64, channels, channels, 28, 3, dtype, **how)
 
 
-def _passes(x, w, stride=1, activation="relu", fused=True):
+def _passes(x, w, stride=1, activation="relu", fused=True, frozen=False):
     """{kind: call} of the three passes, with everything they can do on load and on store or without."""
     (_, c, *_), (k, _, r, _) = x.shape, w.shape
     size = [(x.shape[d] + r // 2 * 2 - r) // stride + 1 for d in (2, 3)]
@@ -94,7 +94,7 @@ def _passes(x, w, stride=1, activation="relu", fused=True):
     vector = lambda channels: t(channels, dtype=fp64 if x.dtype == fp64 else fp32)
     # an image is read as it is
     pending = Pending(vector(c), vector(c), activation) if c > 4 else None
-    correction = Correction(y, vector(k), vector(k), vector(k))
+    correction = Correction(None, vector(k), None, None) if frozen else Correction(y, vector(k), vector(k), vector(k))
     forward = dict(pending=pending, activation=("silu", 0.0), residual=y, pivot=vector(k))
     back = dict(correction=correction, pending=pending, input=x if pending else None, add=x)
     join = dict(correction=correction, join=Join(x, x), add=x)
@@ -134,6 +134,9 @@ def conv2d_fused():
     yield "mobilenetv2 1x1, 24 to 144", case(256, 24, 144, 56, 1, activation="relu6")
     yield "efficientnet 1x1, 96 to 24", case(256, 96, 24, 56, 1, activation="silu")
     yield "small batch", case(8, 256, 256, 28, 3, fp16)
+    yield "constant statistics, stem", case(256, 3, 64, 224, 7, stride=2, frozen=True)
+    yield "constant statistics, 3x3", case(256, 128, 128, 28, 3, frozen=True)
+    yield "constant statistics, ieee", case(64, 64, 64, 28, 3, fp32, frozen=True)
     for name, dtype, allow in (("ieee", fp32, False), ("tf32", fp32, True), ("fp64", fp64, False)):
         yield name, case(64, 64, 64, 28, 3, dtype, allow)
 

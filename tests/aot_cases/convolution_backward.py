@@ -6,12 +6,13 @@ from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
 
 def conv2d_backward():
-    def case(n, c, k, size, activation=None, join=False, buffer=None, dtype=bf16, fused=True, added=True):
+    def case(n, c, k, size, activation=None, join=False, buffer=None, dtype=bf16, fused=True, added=True, of_y=True):
         vector = lambda channels: t(channels, dtype=fp32)
         # of DenseNet's kind: the first channels of a block's buffer, where gradients are added up
         image = lambda: t(n, buffer or c, size, size, dtype=dtype)[:, :c]
         dy, x, w, add = t(n, k, size, size, dtype=dtype), image(), t(k, c, 1, 1, dtype=dtype), image()
-        options = dict(correction=Correction(dy, vector(k), vector(k), vector(k))) if fused else {}
+        more = (vector(k), vector(k)) if of_y else (None, None)
+        options = dict(correction=Correction(dy if of_y else None, vector(k), *more)) if fused else {}
         if fused and added:
             options["add"] = add
         if activation is not None:
@@ -22,6 +23,7 @@ def conv2d_backward():
 
     yield "resnet50 64 to 64, plain", case(256, 64, 64, 56, fused=False)
     yield "resnet50 64 to 256", case(256, 64, 256, 56, "relu", added=False)
+    yield "resnet50 64 to 256, constant statistics", case(256, 64, 256, 56, "relu", added=False, of_y=False)
     yield "resnet50 256 to 64, join", case(256, 256, 64, 56, join=True)
     yield "resnet50 256 to 128, join", case(256, 256, 128, 56, join=True)
     yield "densenet121 256 to 128", case(64, 256, 128, 56, "relu", buffer=256)
