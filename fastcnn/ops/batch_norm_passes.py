@@ -119,11 +119,15 @@ def launch_plan(x, view, C, masked=False, part=1):
     tiles_per_strip = _cdiv(tiles, max(1, PROGRAMS // c_blocks))
     grid = (_cdiv(tiles, tiles_per_strip), c_blocks)
     where = (view.inner, tiles, tiles_per_strip, view.stride_o, view.stride_i, view.stride_c)
-    row = C if by_channel else view.inner
-    align = row & -row if row % 4 == 0 and row % 16 != 0 else 1
+    align = align_of(C if by_channel else view.inner)
     return grid, where, dict(
         BY_CHANNEL=by_channel, ALIGN=align, INT64=common.exceeds_int32(x), BLOCK_I=block_i, BLOCK_C=block_c
     )  # fmt: skip
+
+
+def align_of(row):
+    """What kernels are told to divide the length of a memory row, where the compiler does not know it by itself."""
+    return row & -row if row % 4 == 0 and row % 16 != 0 else 1
 
 
 def _cdiv(a, b):

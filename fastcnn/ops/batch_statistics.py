@@ -98,6 +98,8 @@ def launch_options(y):
         BLOCK_C=conv_sums.COLUMNS,
         AT_ONCE=conv_sums.AT_ONCE,
         num_warps=conv_sums.WARPS,
+        # left to itself, the assembler takes 64 or 80 and spills, for the sake of more programs than there are
+        maxnreg=128,
     )
 
 
