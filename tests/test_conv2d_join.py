@@ -7,6 +7,7 @@ pixels. The truth is in fp64, of z as well as of y of the rounded z.
 from pathlib import Path
 
 import pytest
+import test_conv_batch_norm
 import torch
 from test_conv_batch_norm import SHAPES, of_chain, of_torch, tensors
 
@@ -151,15 +152,28 @@ def test_why_not():
         ops.conv2d_join(e._replace(x=e.x.float()), layer.weight, None)
 
 
-@pytest.mark.parametrize("shape", ("odd", "multiple of 8"))
-def test_a_block_of_the_chain(lane, monkeypatch, shape):
-    """The join of a block goes into the convolution behind it, and has the gradients of torch's."""
+def bottlenecks(conv_bn, relu, add, x, *parameters):
+    """Joins without an activation, of a plain and of an affine right side; no ReLU whose sign a rounding could turn."""
+    layers = [parameters[i : i + 3] for i in range(0, len(parameters), 3)]
+    first = add(conv_bn(conv_bn(x, *layers[0], 1, 0, 1), *layers[1], 1, 1, 1), x)
+    second = add(conv_bn(first, *layers[2], 1, 0, 1), conv_bn(first, *layers[3], 1, 0, 1))
+    both = add(conv_bn(second, *layers[4], 1, 0, 1), conv_bn(second, *layers[5], 1, 0, 1))
+    # as they are, too: batch norm alone would take their means away, and with them gradients
+    return add(add(both, second), first)
+
+
+@pytest.mark.parametrize("joins", (1, 2))
+def test_blocks_of_the_chain(lane, monkeypatch, joins):
+    """The joins go into the convolutions behind them, and have the gradients of torch's."""
     ran, run = [], ops.conv2d_join
     monkeypatch.setattr(ops, "pays", lambda *arguments: ops.why_not(*arguments) is None)
     monkeypatch.setattr(ops, "conv2d_join", lambda *arguments, **fused: ran.append(1) or run(*arguments, **fused))
-    sizes = dict(SHAPES["odd"], size=(4, 5)) if shape == "odd" else dict(n=1, c=8, k=8, wide=16, size=(4, 5))
+    sizes = SHAPES["odd"]
+    if joins == 2:
+        monkeypatch.setattr(test_conv_batch_norm, "block", bottlenecks)
+        sizes = dict(n=2, c=8, k=8, wide=8, size=(4, 5))
     assert_matches(of_chain, of_torch, *tensors(lane.device, bf16, **sizes))
-    assert ran
+    assert len(ran) == joins
 
 
 def test_it_is_chosen_where_it_is_predicted_to_be_faster():
