@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from fastcnn.ops import batch_norm_affine as bn
 from fastcnn.ops import pending, pending_cpu
 from fastcnn.testing import assert_close_to_truth
 
@@ -128,6 +129,44 @@ def test_other_layouts_of_the_gradient_and_slices():
         pending_cpu.pending_backward(*backward, False), pending.pending_backward(*backward, "torch"), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_batch_norm_as_vectors(shape, layout):
+    for dtype, affine, shifted in (
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+        (torch.float64, True, True),
+    ):
+        c = shape[1]
+        y, grad = (torch.randn(shape, dtype=dtype).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
+        y += 3
+        weight, bias, offset, *sums = torch.randn(5, c, dtype=dtype)
+        weight, bias = (weight, bias) if affine else (None, None)
+        offset = offset if shifted else None
+        results = []
+        for kind, wanted in (("ours", dtype), ("theirs", dtype), ("truth", torch.float64)):
+            to = lambda *tensors, wanted=wanted: [None if t is None else t.to(wanted) for t in tensors]
+            y_, grad_, weight_, bias_, offset_, *sums_ = to(y, grad, weight, bias, offset, *sums)
+            rows, count = y.numel() // c, torch.zeros((), dtype=torch.int64)
+            moved = to(torch.ones(c), torch.ones(c))
+            running = bn.Running(*(t.clone() for t in moved), offset_, rows, 0.1, count)
+            if kind == "ours":
+                version = running.mean._version
+                mean, scale, shift, invstd = pending_cpu.normalised(y_, weight_, bias_, 1e-5, running)
+                dy, *grads = pending_cpu.normalised_backward(grad_, y_, mean, invstd, weight_, *sums_)
+                assert running.mean._version > version and dy.stride() == y.stride()
+            else:
+                mean, var = pending.statistics(y_, "torch")
+                scale, shift, invstd = bn.affine(mean, var, weight_, bias_, 1e-5, "torch", running)
+                *vectors, grad_weight, grad_bias = bn.affine_backward(*sums_, mean, invstd, weight_, rows, True, None)
+                dy, grads = pending.corrected(grad_, y_, *vectors, "torch"), (grad_weight, grad_bias)
+            assert count == 1
+            results.append((mean, scale, shift, invstd, running.mean, running.var, dy, *grads))
+        names = ("mean", "scale", "shift", "invstd", "running_mean", "running_var", "dy", "grad_weight", "grad_bias")
+        for name, ours, theirs, truth in zip(names, *results, strict=True):
+            assert_close_to_truth(name, ours, theirs, truth, dtype)
 
 
 def test_the_number_of_threads_changes_nothing():

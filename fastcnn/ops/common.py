@@ -1,6 +1,7 @@
 """What every op shares: argument checks, layout rules, and the differentiable backward."""
 
 import contextlib
+import functools
 
 import torch
 
@@ -145,9 +146,22 @@ def cpu_threads(elements):
     """Give the next numba kernel as many threads as PyTorch would use for this many elements: one for small tensors."""
     import numba
 
+    numba.set_num_threads(threads_for(elements))
+
+
+def threads_for(elements):
+    """How many threads a numba kernel over this many elements shall have."""
+    return min(torch.get_num_threads() if elements >= 32768 else 1, _start_threads())
+
+
+@functools.cache
+def _start_threads():
+    """Start numba's threads; how many there are."""
+    import numba
+
     threads = torch.get_num_threads()
-    wanted = threads if elements >= 32768 else 1
-    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    numba.get_num_threads()
     if torch.get_num_threads() != threads:
-        # the first call starts numba's OpenMP pool on all cores, a setting that PyTorch shares
+        # numba starts its OpenMP pool on all cores, a setting that PyTorch shares where it uses the same library
         torch.set_num_threads(threads)
+    return numba.config.NUMBA_NUM_THREADS

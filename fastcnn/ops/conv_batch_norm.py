@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, pending
+from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, pending, pending_cpu
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -110,6 +110,8 @@ def _normalised(z, weight, geometry, gamma, beta, running, norm, backend, fused)
         if backend == "triton":
             running = running._replace(rows=rows)
             return y, rows, *batch_statistics.affine_from_sums(y, sums, pivot, gamma, beta, norm.eps, backend, running)
+        if pending_cpu.can_normalise(y, norm, running, backend):
+            return y, rows, *pending_cpu.normalised(y, gamma, beta, norm.eps, running)
     mean, var = batch_statistics.from_sums(y, sums, pivot) if backend == "triton" else pending.statistics(y, backend)
     if norm.group is not None:
         mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
@@ -180,7 +182,11 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
         else:
-            if norm is not None:
+            if norm is not None and pending_cpu.can_go_back(y, norm, backend):
+                grad_y, grad_gamma, grad_beta = pending_cpu.normalised_backward(
+                    grad_y, y, mean, invstd, gamma, grad_scale, grad_shift
+                )
+            elif norm is not None:
                 a, b, c, grad_gamma, grad_beta = bn.affine_backward(
                     grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group, backend
                 )

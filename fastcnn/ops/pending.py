@@ -100,7 +100,7 @@ def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale
     """z, in the layout of x."""
     if backend == "triton":
         return _forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
-    if backend == "cpu" and pending_cpu.can_forward(x, activation):
+    if backend == "cpu" and pending_cpu.can(x, activation):
         return pending_cpu.pending_forward(
             x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out
         )  # fmt: skip

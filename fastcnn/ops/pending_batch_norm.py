@@ -7,7 +7,7 @@ Torch counterpart: torch.nn.functional.batch_norm. Source: Ioffe and Szegedy 201
 import torch
 
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import pending
+from fastcnn.ops import pending, pending_cpu
 from fastcnn.ops.conv_batch_norm import check_rows, refuse_second_derivatives
 
 
@@ -18,15 +18,20 @@ class PendingBatchNormFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, running_mean, running_var, norm, backend):
         rows, running = x.numel() // x.shape[1], None
         if norm.training:
-            mean, var = pending.statistics(x, backend)
-            if norm.group is not None:
-                mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
-            else:
-                check_rows(x)
             running = bn.Running(running_mean, running_var, None, rows, norm.momentum, norm.batches)
+            if norm.group is None:
+                check_rows(x)
+        if norm.training and pending_cpu.can_normalise(x, norm, running, backend):
+            mean, scale, shift, invstd = pending_cpu.normalised(x, weight, bias, norm.eps, running)
         else:
-            mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
-        scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
+            if norm.training:
+                mean, var = pending.statistics(x, backend)
+                if norm.group is not None:
+                    mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
+                    running = running._replace(rows=rows)
+            else:
+                mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+            scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
         ctx.save_for_backward(x if norm.training else None, weight, mean, invstd)
         ctx.arguments = (norm, rows, backend)
         ctx.set_materialize_grads(False)
@@ -39,13 +44,19 @@ class PendingBatchNormFunction(torch.autograd.Function):
             return grad_passed, *[None] * 6
         x, weight, mean, invstd = ctx.saved_tensors
         norm, rows, backend = ctx.arguments
-        a, b, c, grad_weight, grad_bias = bn.affine_backward(
-            grad_scale, grad_shift, mean, invstd, weight, rows, norm.training, norm.group, backend
-        )
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = pending.corrected(grad_raw, x, a, b, c, backend)
-            grad_x = grad_x if grad_passed is None else grad_x.add_(grad_passed)
+        if pending_cpu.can_go_back(x, norm, backend):
+            grad_x, grad_weight, grad_bias = pending_cpu.normalised_backward(
+                grad_raw, x, mean, invstd, weight, grad_scale, grad_shift
+            )
+        else:
+            a, b, c, grad_weight, grad_bias = bn.affine_backward(
+                grad_scale, grad_shift, mean, invstd, weight, rows, norm.training, norm.group, backend
+            )
+            grad_x = None
+            if ctx.needs_input_grad[0]:
+                grad_x = pending.corrected(grad_raw, x, a, b, c, backend)
+        if grad_x is not None and grad_passed is not None:
+            grad_x = grad_x.add_(grad_passed)
         grads = (
             grad if need else None
             for grad, need in zip((grad_weight, grad_bias), ctx.needs_input_grad[1:3], strict=True)

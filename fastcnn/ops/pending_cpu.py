@@ -1,75 +1,74 @@
 """The passes of pending.py on CPU, in numba: every tensor is read once and nothing between the steps is stored.
 
-Formulas, arguments and results are pending.py's. What is None is an empty array to the kernels.
+Formulas, arguments and results are pending.py's and batch_norm_affine.py's.
 """
 
 import numpy as np
 import torch
 
-from fastcnn.ops import batch_norm_passes, common, huge_pages
+from fastcnn.ops import common, huge_pages
 from fastcnn.ops.conv2d import suggests_channels_last
 
-# elements; PyTorch's passes over fewer take less time than the call of a kernel
-SMALLEST = 2**13
-SMALLEST_FORWARD = 2**17  # whose passes are few
+EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}  # what tells kernels the dtype
 KINDS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")  # as the kernels number them
 
 
 def can(x, activation="none"):
     """Whether the passes over x run here; else in PyTorch."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and x.numel() >= SMALLEST
-        and activation in KINDS
-    )
-
-
-def can_forward(x, activation):
-    """Whether z of x is made here."""
-    return x.numel() >= SMALLEST_FORWARD and can(x, activation)
+    return x.is_cpu and x.dtype in EMPTY and x.numel() > 0 and activation in KINDS
 
 
 class _Pass:
-    """What a pass over tensors like this one needs beside them."""
+    """Passes over tensors like this one: what their kernels get, and what must live until they are through."""
 
     def __init__(self, like):
         self.layout = torch.channels_last if suggests_channels_last(like) else torch.contiguous_format
-        n, c, h, w = like.shape
-        self.where = (self.layout == torch.channels_last or h * w == 1, n, c)
-        self.like = like
-        self.empty = np.empty(0, like.detach().numpy().dtype)
-        common.cpu_threads(like.numel())
+        self.like, self.alive = like, []
+        n, c, h, w = self.shape = like.shape
+        size = n * c * h * w
+        rows = self.layout == torch.channels_last or h * w == 1
+        self.where = (EMPTY[like.dtype], common.threads_for(size), rows, n, c, size)
 
     def new(self):
         """A tensor for results."""
         return huge_pages.advise(torch.empty_like(self.like, memory_format=self.layout))
 
-    def flat(self, tensor):
-        """The elements in the order of this layout."""
+    def vectors(self, *shape):
+        return self.like.new_empty(shape)
+
+    def image(self, tensor):
+        """The address of a tensor's elements in the order of this layout, or 0."""
         if tensor is None:
-            return self.empty
-        tensor = tensor.detach().contiguous(memory_format=self.layout)
-        return tensor.as_strided((tensor.numel(),), (1,)).numpy()
+            return 0
+        if tensor.shape != self.shape:
+            raise ValueError(f"expected a tensor of shape {tuple(self.shape)}, got {tuple(tensor.shape)}")
+        return self._address(tensor, self.layout)
 
     def vector(self, vector):
-        """A value per channel, and a gate's [N, C] or [N, 1] as N * C."""
+        """The address of a value per channel, and of a gate's [N, C] or [N, 1] as [N, C]; 0 for None."""
         if vector is None:
-            return self.empty
+            return 0
         if vector.dim() == 2:
-            vector = vector.expand(self.where[1:])
-        return vector.detach().to(self.like.dtype).contiguous().view(-1).numpy()
+            vector = vector.expand(self.shape[:2])
+        return self._address(vector, torch.contiguous_format)
+
+    def _address(self, tensor, layout):
+        if tensor.dtype != self.like.dtype or not tensor.is_contiguous(memory_format=layout):
+            tensor = tensor.detach().to(self.like.dtype).contiguous(memory_format=layout)
+            self.alive.append(tensor)
+        return tensor.data_ptr()
 
 
 def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out):
     """z, in the layout of x."""
-    from fastcnn.kernels.cpu import pending as kernels
+    from fastcnn.kernels.cpu import chain as kernels
 
     over = _Pass(x)
+    image, vector = over.image, over.vector
     z = over.new()
     kernels.forward(
-        over.flat(x), over.vector(scale), over.vector(shift), KINDS.index(activation), slope, over.vector(gate),
-        over.flat(right), over.vector(right_scale), over.vector(right_shift), out == "relu", *over.where, over.flat(z),
+        *over.where, image(x), vector(scale), vector(shift), KINDS.index(activation), slope, vector(gate), image(right),
+        vector(right_scale), vector(right_shift), out == "relu", image(z),
     )  # fmt: skip
     return z
 
@@ -79,10 +78,10 @@ def pending_backward(
     overwrite,
 ):  # fmt: skip
     """(grad_x, sums, grad_right, right_sums, grad_gate); overwrite: grad_x may take the memory of grad_output."""
-    from fastcnn.kernels.cpu import pending as kernels
+    from fastcnn.kernels.cpu import chain as kernels
 
     over = _Pass(grad_output if x is None else x)
-    empty = over.like.new_empty(0)
+    image, vector = over.image, over.vector
     scaled = scaled and scale is not None
     given = grad_output.contiguous(memory_format=over.layout)
     # neither what is grad_output as it came is written, nor what both sides share
@@ -97,25 +96,17 @@ def pending_backward(
             grad_right = grad_x
         elif join and dm_is_new:
             grad_right = written_right = over.new()
-    sums, right_sums = (np.zeros((2, over.where[2] if v is not None else 0)) for v in (scale, right_scale))
-    grad_gate = np.zeros(over.where[1] * over.where[2] if need_gate else 0)
+    empty = over.vectors(0)
+    sums, right_sums = (empty if v is None else over.vectors(2, over.shape[1]) for v in (scale, right_scale))
+    grad_gate = over.vectors(*over.shape[:2]) if need_gate else empty
     kernels.backward(
-        over.flat(given), over.flat(add), over.flat(x), over.vector(scale), over.vector(shift), KINDS.index(activation),
-        slope, over.vector(gate), join, over.flat(right if right_scale is not None else None), right_scale is not None,
-        over.flat(z if out != "none" else None), scaled, *over.where,
-        over.flat(written), over.flat(written_right), sums, right_sums, grad_gate,
+        *over.where, image(given), image(add), image(x), vector(scale), vector(shift), KINDS.index(activation), slope,
+        vector(gate), join, image(right if right_scale is not None else None), image(z if out != "none" else None),
+        scaled, image(written), image(written_right), sums.data_ptr(), right_sums.data_ptr(), grad_gate.data_ptr(),
     )  # fmt: skip
-    of_sums = lambda total, there: torch.from_numpy(total).to(over.like.dtype) if there else empty
     if need_gate:
-        grad_gate = torch.from_numpy(grad_gate).view(over.where[1:])
         grad_gate = (grad_gate.sum(1, keepdim=True) if gate.shape[1] == 1 else grad_gate).to(gate.dtype)
-    return (
-        grad_x,
-        of_sums(sums, scale is not None),
-        grad_right if join else empty,
-        of_sums(right_sums, right_scale is not None),
-        grad_gate if need_gate else empty,
-    )
+    return grad_x, sums, grad_right if join else empty, right_sums, grad_gate
 
 
 def sums(grad, tensor):
@@ -128,25 +119,64 @@ def sums(grad, tensor):
 
 def corrected(grad_output, y, a, b, c):
     """grad_output * a + b * y + c per channel."""
-    from fastcnn.kernels.cpu import pending as kernels
+    from fastcnn.kernels.cpu import chain as kernels
 
     over = _Pass(y)
+    image, vector = over.image, over.vector
     dy = over.new()
-    kernels.correct(
-        over.flat(grad_output), over.flat(y), over.vector(a), over.vector(b), over.vector(c), *over.where, over.flat(dy)
-    )
+    kernels.correct(*over.where, image(grad_output), image(y), vector(a), vector(b), vector(c), image(dy))
     return dy
 
 
 def statistics(x):
     """(mean, biased variance) per channel."""
+    from fastcnn.kernels.cpu import chain as kernels
+
     over = _Pass(x)
-    c = over.where[2]
-    record = torch.empty(4, c, dtype=torch.float64)
-    mean, invstd = x.new_empty(c), x.new_empty(c)
-    batch_norm_passes.run_on_cpu(
-        "forward", batch_norm_passes.view_of(x.shape, over.layout), c,
-        (x.contiguous(memory_format=over.layout), None), (None,), None, (None, None, mean, invstd, None, None),
-        record.numpy(), True, 0.0, 1.0, *batch_norm_passes.BOUNDS[None],
+    mean, var = over.vectors(2, x.shape[1])
+    kernels.statistics(*over.where, over.image(x), mean.data_ptr(), var.data_ptr())
+    return mean, var
+
+
+def can_normalise(y, norm, running, backend):
+    """Whether the vectors of batch norm with y's statistics are made here."""
+    if backend != "cpu" or norm.group is not None or not can(y):
+        return False
+    return all(t is None or (t.dtype == y.dtype and t.is_contiguous()) for t in running[:2])
+
+
+def can_go_back(y, norm, backend):
+    """Whether the gradient of y, normalised with its own statistics, is made here."""
+    return backend == "cpu" and norm.training and norm.group is None and can(y)
+
+
+def normalised(y, weight, bias, eps, running):
+    """(mean, scale, shift, 1 / sqrt(var + eps)) of batch norm with y's statistics; as batch_norm_affine.affine."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = _Pass(y)
+    vector = over.vector
+    vectors = [over.vectors(y.shape[1]) for _ in range(4)]
+    kernels.normalise(
+        *over.where, over.image(y), vector(weight), vector(bias), float(eps), vector(running.offset),
+        vector(running.mean), vector(running.var), float(running.momentum), *map(torch.Tensor.data_ptr, vectors),
     )  # fmt: skip
-    return mean, (record[3] / record[0]).to(x.dtype)
+    if running.batches is not None:
+        running.batches.add_(1)
+    if running.mean is not None:
+        torch.autograd.graph.increment_version((running.mean, running.var))
+    return vectors
+
+
+def normalised_backward(grad, y, mean, invstd, weight, grad_scale, grad_shift):
+    """(dy, gradients of weight and bias), given the gradient of the normalised y and its sums."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = _Pass(y)
+    image, vector = over.image, over.vector
+    dy, grad_weight = over.new(), over.vectors(y.shape[1])
+    kernels.normalise_backward(
+        *over.where, image(grad), image(y), vector(mean), vector(invstd), vector(weight), vector(grad_scale),
+        vector(grad_shift), image(dy), grad_weight.data_ptr(),
+    )  # fmt: skip
+    return dy, grad_weight, grad_shift
