@@ -25,10 +25,11 @@ from fastcnn.ops import pending as passes
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.batch_norm_affine import affine
 from fastcnn.ops.concatenate import ConcatenateFunction
-from fastcnn.ops.dense_block import DenseBlockFunction, SharedBatchNormFunction, Step
+from fastcnn.ops.dense_block import DenseBlockFunction, Step
 from fastcnn.ops.materialize import MaterializeFunction
 from fastcnn.ops.pending_batch_norm import PendingBatchNormFunction
 from fastcnn.ops.pending_pool import AdaptiveAvgPool, AvgPool, MaxPool, PendingPoolFunction
+from fastcnn.ops.shared_batch_norm import SharedBatchNormFunction
 
 KINDS = ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu", "gelu_tanh")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 import fastcnn
 from fastcnn import chain
+from fastcnn.ops import conv2d_backward
 from fastcnn.testing import assert_close_to_truth, make_grad
 
 LANES = ("triton", "cpu")
@@ -35,10 +36,10 @@ class Layer(nn.Module):
 class Network(nn.Module):
     """A dense block of layers of different widths, batch norm, ReLU and a convolution."""
 
-    def __init__(self, channels=C, growths=(2, 3, 1), **options):
+    def __init__(self, channels=C, growths=(2, 3, 1), width=4, **options):
         super().__init__()
         sums = [channels + sum(growths[:i]) for i in range(len(growths) + 1)]
-        self.layers = nn.ModuleList(Layer(c, k, 4, **options) for c, k in zip(sums[:-1], growths, strict=True))
+        self.layers = nn.ModuleList(Layer(c, k, width, **options) for c, k in zip(sums[:-1], growths, strict=True))
         self.norm = nn.BatchNorm2d(sums[-1], **options)
         self.head = nn.Conv2d(sums[-1], 3, 1)
         for bn in (module for module in self.modules() if isinstance(module, nn.BatchNorm2d)):
@@ -125,6 +126,21 @@ def test_hostile_shapes(lane):
     if not INTERPRET:
         compare(Network(8, (8, 8)), image(2, 8, 3, 3, layout=CONTIGUOUS), lane.device)
         compare(Network(), image(2, 2 * C, 5, 3).detach()[:, ::2].requires_grad_(), lane.device)
+
+
+def test_both_gradients_of_a_convolution_in_one_kernel(lane, monkeypatch):
+    if lane.name == "cpu":
+        pytest.skip("kernels of Triton")
+    ran = []
+
+    def pays(*args, **options):
+        ran.append(conv2d_backward.why_not(*args, **options) is None)
+        return ran[-1]
+
+    monkeypatch.setattr(conv2d_backward, "pays", pays)
+    compare(Network(16, (8, 8), 8).bfloat16(), image(2, 16, 4, 4, dtype=torch.bfloat16), lane.device)
+    # the head with its 3 filters; of each layer the 3x3 convolution, then the 1x1
+    assert ran == [False, False, True, False, True]
 
 
 def test_options_of_batch_norm():

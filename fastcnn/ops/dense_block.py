@@ -10,15 +10,19 @@ Saved for backward: the buffer, y of every layer, weights, vectors. Torch counte
 (DenseNet); Pleiss et al. 2017 (shared memory for its features).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, pending
-from fastcnn.ops.conv_batch_norm import Convolution, Norm, check_rows, refuse_second_derivatives
+from fastcnn.ops import batch_norm_passes, batch_statistics, common, conv2d, conv2d_backward, pending
+from fastcnn.ops.batch_norm_passes import View
+from fastcnn.ops.conv_batch_norm import Convolution, Norm, check_rows, constant_statistics, refuse_second_derivatives
 from fastcnn.ops.conv_fusion import Correction, Pending
+from fastcnn.ops.conv_sums import sum_rows_in_parts
+from fastcnn.ops.shared_batch_norm import Gradients, Statistics, parameters_backward
 
 PARAMETERS = 6  # per layer: weight and bias of the first batch norm, filters of the first convolution; of the second
 
@@ -38,45 +42,49 @@ def _triples(parameters, layer):
 
 
 def _convolve(x, loaded, weight, geometry, backend, pivot=None, out=None):
-    """(conv(z), mean, var) of z = loaded(x); the vectors None without a pivot [K], zero or near the mean."""
-    mean = var = None
+    """(conv(z), its sums about a pivot [K], if given, or None) of z = loaded(x); out gets conv(z), too."""
     if backend == "triton":
         channels_last = conv2d.suggests_channels_last(x) or conv2d.suggests_channels_last(weight)
         among = conv2d.among_vendors(backend, x)
         y = conv2d.conv2d_forward(
             x, weight, None, *geometry, channels_last, "conv", among, pending=loaded, pivot=pivot, out=out
         )
-        if pivot is not None:
-            y, sums = y
-            mean, var = batch_statistics.from_sums(y, sums, pivot, backend)
-        return y, mean, var
+        return (y, None) if pivot is None else y
     z = pending.pending_forward(x, *loaded[:4], *[None] * 4, "none", backend)
     y = F.conv2d(z, weight, None, *geometry[1:])
-    if pivot is not None:
-        mean, var = pending.statistics(y, backend)
-    return y if out is None else out.copy_(y), mean, var
+    if out is not None:
+        out.copy_(y)
+    return y, None
 
 
 def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_weight, backend, add=None, out=None):
-    """(grad_x, sum of du * x, sum of du, gradient of the weight); add is added to grad_x, which out gets, if given."""
+    """(grad_x, sum of du * x, sum of du, gradient of the weight); add is added to grad_x, which out gets, if given.
+
+    The sums are [C], or on Triton [S, C] in parts to be added up.
+    """
     grad_weight = None
+    _, stride, padding, dilation, groups = geometry
     if backend == "triton":
+        fused = dict(correction=correction, pending=loaded, add=add, out=out)
+        if need_weight and conv2d_backward.pays(grad_y, x, weight, stride, padding, groups, **fused):
+            grad_x, grad_weight, sums = conv2d_backward.conv2d_backward(grad_y, x, weight, **fused)
+            return grad_x, *sums, grad_weight
         among = conv2d.among_vendors(backend, grad_y)
         channels_last = conv2d.suggests_channels_last(x) or conv2d.suggests_channels_last(weight)
-        grads = conv2d.conv2d_backward_input(
+        grad_x, parts = conv2d.conv2d_backward_input(
             grad_y, weight, None, x.shape[2:], *geometry[1:], channels_last, "conv", among,
-            correction=correction, pending=loaded, input=x, add=add, out=out,
+            input=x, in_parts=True, **fused,
         )  # fmt: skip
         if need_weight:
             grad_weight = conv2d.conv2d_backward_weight(
                 grad_y, x, weight, *geometry[1:], "conv", among, correction=correction, pending=loaded
             )
-        return *grads, grad_weight
+        return grad_x, *parts.unbind(1), grad_weight
     if correction is not None:
         grad_y = pending.corrected(grad_y, *correction, backend)
+    x = x.contiguous(memory_format=pending.layout_of(x))  # once for two passes
     scale, shift, activation, slope, scaled = loaded
     z = pending.pending_forward(x, scale, shift, activation, slope, *[None] * 4, "none", backend)
-    _, stride, padding, dilation, groups = geometry
     dz, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_y, z, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, need_weight, False]
     )
@@ -86,32 +94,6 @@ def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_wei
         overwrite=True,
     )  # fmt: skip
     return grad_x if out is None else torch.add(grad_x, add, out=out), *sums, grad_weight
-
-
-class GradientOfStatistics:
-    """Gradients of mean and var [C], of rows values per channel each, and what they come to in the channels' own."""
-
-    def __init__(self, grad_mean, grad_var, mean, var, rows):
-        new = lambda grad: torch.zeros_like(mean) if grad is None else grad.clone()
-        self.grad_mean, self.grad_var, self.mean, self.rows = new(grad_mean), new(grad_var), mean, rows
-
-    def add(self, grad_mean, grad_var):
-        """Add to those of the first channels."""
-        self.grad_mean[: len(grad_mean)] += grad_mean
-        self.grad_var[: len(grad_var)] += grad_var
-
-    def correction(self, buffer, first, end):
-        """conv_fusion.Correction of the gradient of these channels of the buffer."""
-        b = self.grad_var[first:end] * (2 / self.rows)
-        c = self.grad_mean[first:end] / self.rows - b * self.mean[first:end]
-        return Correction(buffer[:, first:end], torch.ones_like(b), b, c)
-
-
-def _affine_of_shared_backward(grad_scale, grad_shift, mean, invstd, weight):
-    """(grad_mean, grad_var, grad_weight, grad_bias) of batch_norm_affine.affine, given the sums du * x and du."""
-    scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
-    total = grad_scale - mean * grad_shift
-    return -scale * grad_shift, -0.5 * scale * invstd * invstd * total, total * invstd, grad_shift
 
 
 class DenseBlockFunction(torch.autograd.Function):
@@ -124,50 +106,55 @@ class DenseBlockFunction(torch.autograd.Function):
     def forward(ctx, x, steps, activation, slope, backend, *parameters):
         n, channels, *size = x.shape
         total = channels + sum(parameters[i].shape[0] for i in range(PARAMETERS - 1, len(parameters), PARAMETERS))
-        layout = torch.channels_last if conv2d.suggests_channels_last(x) else torch.contiguous_format
+        layout = pending.layout_of(x)
         buffer = torch.empty((n, total, *size), dtype=x.dtype, device=x.device, memory_format=layout)
-        buffer[:, :channels] = x
         rows, dtype = x.numel() // channels, pending.vector_dtype(x)
-        zeros = lambda k: x.new_zeros(k, dtype=dtype)
-        shared = any(step.norm.training for step in steps[::2])
         if any(step.norm.training for step in steps):
             check_rows(x)
-        mean = var = None
-        if shared:
-            mean, var = (x.new_empty(total, dtype=dtype) for _ in range(2))
-            mean[:channels], var[:channels] = pending.statistics(x, backend)
+        statistics = Statistics(buffer, backend) if any(step.norm.training for step in steps[::2]) else None
+        firsts = [step.running_mean for step in steps[::2]]
+
+        def pivot(running_mean, first, end):
+            return x.new_zeros(end - first, dtype=dtype) if running_mean is None else running_mean[first:end].to(dtype)
+
+        enter(x, buffer, statistics, pivot(firsts[0], 0, channels) if statistics and backend == "triton" else None)
         saved = []
         for i in range(len(steps) // 2):
             first, second = steps[2 * i : 2 * i + 2]
             (gamma1, beta1, weight1), (gamma2, beta2, weight2) = _triples(parameters, i)
-            used = mean[:channels] if first.norm.training else first.running_mean.to(dtype)
-            spread = var[:channels] if first.norm.training else first.running_var.to(dtype)
-            scale1, shift1, invstd1 = bn.affine(
-                used, spread, gamma1, beta1, first.norm.eps, backend, _running(first, rows)
-            )
-            pivot = None
-            if second.norm.training:
-                pivot = zeros(weight1.shape[0]) if second.running_mean is None else second.running_mean.to(dtype)
+            mean1 = None
+            if first.norm.training:
+                scale1, shift1, invstd1 = statistics.affine(gamma1, beta1, first.norm.eps, _running(first, rows))
+            else:
+                mean1, scale1, shift1, invstd1 = _constant(first, gamma1, beta1, dtype, backend)
+            k, width = weight2.shape[0], weight1.shape[0]
+            about = None
+            if second.norm.training and backend == "triton":
+                about = pivot(second.running_mean, 0, width)
             loaded = Pending(scale1, shift1, activation, slope)
-            y, mean2, var2 = _convolve(buffer[:, :channels], loaded, weight1, first.geometry, backend, pivot)
+            y, sums = _convolve(buffer[:, :channels], loaded, weight1, first.geometry, backend, about)
             if not second.norm.training:
-                mean2, var2 = second.running_mean.to(dtype), second.running_var.to(dtype)
-            scale2, shift2, invstd2 = bn.affine(
-                mean2, var2, gamma2, beta2, second.norm.eps, backend, _running(second, rows)
-            )
-            k = weight2.shape[0]
-            pivot = zeros(k) if shared else None
-            if shared and 2 * i + 2 < len(steps) and steps[2 * i + 2].running_mean is not None:
-                pivot = steps[2 * i + 2].running_mean[channels : channels + k].to(dtype)
+                mean2, scale2, shift2, invstd2 = _constant(second, gamma2, beta2, dtype, backend)
+            else:
+                mean2, scale2, shift2, invstd2 = _normalised(
+                    y, sums, about, gamma2, beta2, second.norm.eps, _running(second, rows), backend
+                )
+            about = None
+            if statistics and backend == "triton":
+                about = pivot((*firsts, None)[i + 1], channels, channels + k)
             loaded = Pending(scale2, shift2, activation, slope)
-            made = slice(channels, channels + k)
-            _, *vectors = _convolve(y, loaded, weight2, second.geometry, backend, pivot, buffer[:, made])
-            if shared:
-                mean[made], var[made] = vectors
+            made = buffer[:, channels : channels + k]
+            images, sums = _convolve(y, loaded, weight2, second.geometry, backend, about, made)
+            if statistics:
+                statistics.add(images, sums, about)
             channels += k
-            saved += [y, scale1, shift1, None if first.norm.training else used, invstd1, gamma1, weight1]
+            saved += [y, scale1, shift1, mean1, invstd1, gamma1, weight1]
             saved += [scale2, shift2, mean2, invstd2, gamma2, weight2]
-        ctx.save_for_backward(buffer, mean, var, *saved)
+        mean = var = None
+        if statistics:
+            statistics.store()
+            mean, var = statistics.mean, statistics.var
+        ctx.save_for_backward(buffer, mean, *saved)
         ctx.arguments = (steps, activation, slope, backend, x.shape[1], rows)
         ctx.set_materialize_grads(False)
         return buffer, mean, var
@@ -175,12 +162,12 @@ class DenseBlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, grad_mean, grad_var):
         refuse_second_derivatives()
-        buffer, mean, var, *saved = ctx.saved_tensors
+        buffer, mean, *saved = ctx.saved_tensors
         steps, activation, slope, backend, channels, rows = ctx.arguments
         needs = ctx.needs_input_grad[5:]
         # channels that a layer made: their gradient is complete where the layers after it have added theirs
         grad = torch.zeros_like(buffer) if grad is None else grad
-        statistics = None if mean is None else GradientOfStatistics(grad_mean, grad_var, mean, var, rows)
+        statistics = None if mean is None else Gradients(mean, rows, grad_mean, grad_var, backend)
         gathered = torch.empty_like(buffer)
         end, grads = buffer.shape[1], []
         for i in reversed(range(len(steps) // 2)):
@@ -198,49 +185,82 @@ class DenseBlockFunction(torch.autograd.Function):
             )
             loaded = Pending(scale1, shift1, activation, slope, scaled=True)
             correction = Correction(y if second.norm.training else None, a, b, c)
-            _, grad_scale, grad_shift, grad_weight1 = _convolve_backward(
+            _, *sums, grad_weight1 = _convolve_backward(
                 du, correction, buffer[:, :start], loaded, weight1, first.geometry,
                 needs[PARAMETERS * i + 2], backend, add=grad[:, :start], out=gathered[:, :start],
             )  # fmt: skip
-            used = mean[:start] if first.norm.training else mean1
-            *of_statistics, grad_gamma, grad_beta = _affine_of_shared_backward(
-                grad_scale, grad_shift, used, invstd1, gamma1
-            )
             if first.norm.training:
-                statistics.add(*of_statistics)
-            grads = [grad_gamma, grad_beta, grad_weight1, *affine2, grad_weight2, *grads]
+                affine1 = statistics.add(*sums, invstd1, gamma1)
+            else:
+                affine1 = parameters_backward(*sums, mean1, invstd1, gamma1, backend)
+            grads = [*affine1, grad_weight1, *affine2, grad_weight2, *grads]
             grad, end = gathered, start
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad[:, :channels]
-            if statistics is not None:
-                grad_x = pending.corrected(grad_x, *statistics.correction(buffer, 0, channels), backend)
+        grad_x = leave(grad, buffer, channels, statistics, backend) if ctx.needs_input_grad[0] else None
         return grad_x, *[None] * 4, *(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
 def _running(step, rows):
-    if not step.norm.training:
-        return None
     return bn.Running(step.running_mean, step.running_var, None, rows, step.norm.momentum, step.norm.batches)
 
 
-class SharedBatchNormFunction(torch.autograd.Function):
-    """(raw, scale, shift) of batch norm with statistics that are known; raw is x, its gradient the true one."""
+def _constant(step, weight, bias, dtype, backend):
+    """(mean, scale, shift, invstd) of batch norm with its running statistics."""
+    mean, var = constant_statistics(step.running_mean, step.running_var, dtype)
+    return mean, *bn.affine(mean, var, weight, bias, step.norm.eps, backend)
 
-    @staticmethod
-    def forward(ctx, x, mean, var, weight, bias, running_mean, running_var, norm, backend):
-        rows = x.numel() // x.shape[1]
-        running = bn.Running(running_mean, running_var, None, rows, norm.momentum, norm.batches)
-        scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
-        ctx.save_for_backward(mean, invstd, weight)
-        ctx.set_materialize_grads(False)
-        return x.detach(), scale, shift
 
-    @staticmethod
-    def backward(ctx, grad_raw, grad_scale, grad_shift):
-        refuse_second_derivatives()
-        if grad_scale is None:
-            return grad_raw, *[None] * 8
-        vectors = _affine_of_shared_backward(grad_scale, grad_shift, *ctx.saved_tensors)
-        needs = ctx.needs_input_grad[1:5]
-        return grad_raw, *(grad if need else None for grad, need in zip(vectors, needs, strict=True)), *[None] * 4
+def _normalised(y, sums, pivot, weight, bias, eps, running, backend):
+    """(mean, scale, shift, invstd) of batch norm with the statistics of y."""
+    if backend == "triton":
+        return batch_statistics.affine_from_sums(y, sums, pivot, weight, bias, eps, backend, running)
+    mean, var = pending.statistics(y, backend)
+    return mean, *bn.affine(mean, var, weight, bias, eps, backend, running)
+
+
+def enter(x, buffer, statistics, pivot):
+    """Copy x into the buffer's first channels, and take their statistics, if any: about a pivot on Triton."""
+    channels = buffer[:, : x.shape[1]]
+    if pivot is None:
+        channels.copy_(x)
+        if statistics:
+            statistics.add(x)
+        return
+    from fastcnn.kernels.triton.dense_block import dense_block_enter_kernel
+
+    x = x.contiguous(memory_format=pending.layout_of(x))
+    grid, where, how = _launch_of(x, buffer)
+    partial = torch.empty((grid[0], 2, x.shape[1]), dtype=pivot.dtype, device=x.device)
+    with common.device_guard(x):
+        dense_block_enter_kernel[grid](x, buffer, pivot.contiguous(), partial, *where, **how)
+        statistics.add(channels, sum_rows_in_parts(partial), pivot)
+
+
+def leave(grad, buffer, channels, statistics, backend):
+    """The gradient of the buffer's first channels, images of their own."""
+    grad = grad[:, :channels]
+    if statistics is None:
+        return grad
+    correction = statistics.correction(buffer, 0, channels)
+    if backend != "triton":
+        return pending.corrected(grad, *correction, backend)
+    from fastcnn.kernels.triton.dense_block import dense_block_leave_kernel
+
+    grad_x = torch.empty_like(correction.y, memory_format=pending.layout_of(buffer))
+    grid, where, how = _launch_of(grad_x, buffer)
+    with common.device_guard(buffer):
+        dense_block_leave_kernel[grid](grad, buffer, correction.b, correction.c, grad_x, *where, **how)
+    return grad_x
+
+
+def _launch_of(x, buffer):
+    """Grid, positional and keyword arguments of a pass over x and as many channels of the buffer."""
+    n, c, h, w = x.shape
+    total = buffer.shape[1]
+    if pending.layout_of(buffer) == torch.channels_last or h * w == 1:
+        view, pitches, row = View(1, n * h * w, 0, c, 1), (0, total), math.gcd(c, total)
+    else:
+        view, pitches, row = View(n, h * w, c * h * w, 1, h * w), (total * h * w, 1), h * w
+    # two sums per element of a tile in fp64 take as many registers as four in fp32
+    grid, where, how = batch_norm_passes.launch_plan(x, view, c, part=2 if x.dtype == torch.float64 else 1)
+    how |= dict(ALIGN=batch_norm_passes.align_of(row), INT64=common.exceeds_int32(buffer))
+    return grid, (c, *where, *pitches), how

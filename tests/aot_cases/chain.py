@@ -3,7 +3,7 @@
 import torch
 
 from aot_cases.common import bf16, fp16, fp32, fp64, t
-from fastcnn.ops import batch_norm_affine, batch_statistics, pending
+from fastcnn.ops import batch_norm_affine, batch_statistics, dense_block, pending, shared_batch_norm
 
 
 def pending_activation():
@@ -74,3 +74,37 @@ def batch_norm_vectors():
     yield "no parameters", case(30, parameters=None, running=False)
     yield "bf16 parameters", case(2048, parameters=bf16)
     yield "fp64", case(64, fp64, fp64)
+
+
+def dense_block_passes():
+    """What a dense block computes beside its convolutions, which conv2d_fused has."""
+
+    def case(n, channels, made, total, size, dtype=bf16, channels_last=True, parameters=fp32):
+        wide = fp64 if dtype == fp64 else fp32
+        buffer = t(n, total, size, size, dtype=dtype, channels_last=channels_last)
+        images = buffer[:, channels : channels + made]
+        vector = lambda c, dtype=wide: t(c, dtype=dtype)
+        sums, parts = t(64, 2, made, dtype=wide), t(64, 2, total, dtype=wide)
+        weight = vector(channels + made, parameters)
+        running = batch_norm_affine.Running(weight, weight, None, n * size * size, 0.1, t(dtype=torch.int64))
+
+        def call():
+            statistics = shared_batch_norm.Statistics(buffer, "triton")
+            x = t(n, channels, size, size, dtype=dtype, channels_last=channels_last)
+            dense_block.enter(x, buffer, statistics, vector(channels))
+            statistics.add(images, sums, vector(made))
+            statistics.affine(weight, weight, 1e-5, running)
+            gradients = shared_batch_norm.Gradients(vector(total), running.rows, vector(total), None, "triton")
+            gradients.add(*parts.unbind(1), vector(total), vector(total, parameters))
+            shared_batch_norm.affine_backward(*(vector(total) for _ in range(4)), vector(total, parameters), "triton")
+            dense_block.leave(buffer, buffer, channels, gradients, "triton")
+
+        return call
+
+    yield "densenet121 block 1", case(256, 64, 32, 256, 56)
+    yield "densenet121 block 4, bf16 parameters", case(256, 512, 32, 1024, 7, parameters=bf16)
+    yield "ragged channels", case(64, 20, 12, 44, 28)
+    yield "contiguous", case(256, 64, 32, 256, 56, channels_last=False)
+    yield "above 2^31 elements", case(1024, 64, 32, 1024, 56)
+    yield "fp32", case(64, 64, 32, 256, 56, fp32)
+    yield "fp64", case(64, 64, 32, 256, 56, fp64, parameters=fp64)
