@@ -111,6 +111,34 @@ def test_both_gradients_come_from_one_kernel_where_that_pays(lane, monkeypatch):
     assert sorted(kinds) == ["join", "pending", "plain", "plain", "plain"]
 
 
+@pytest.mark.parametrize("between", [None, "a second reader", "a hook", "a hook that writes"])
+def test_who_takes_the_sums_runs_the_backward_of_batch_norm(lane, between, monkeypatch):
+    if lane.name == "cpu":
+        pytest.skip("kernels of a GPU alone")
+    again = []
+    original = conv_batch_norm.bn.affine_backward
+    monkeypatch.setattr(conv_batch_norm.bn, "affine_backward", lambda *args: again.append(1) or original(*args))
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(5, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 6, 3), torch.nn.Conv2d(8, 6, 3)
+    conv, bn, *readers = (layer.to(lane.device).double() for layer in layers)
+    readers = readers if between == "a second reader" else readers[:1]
+    inputs = torch.randn(3, 5, 6, 7, dtype=torch.float64, device=lane.device).requires_grad_(), *conv.parameters()
+    value = chain.conv_batch_norm(inputs[0], conv, bn)
+    if between == "a hook":
+        value.scale.register_hook(torch.clone)
+    elif between == "a hook that writes":
+        value.shift.register_hook(lambda grad: [grad.add_(0.0), None][1])
+    value = chain.activate(value, "relu")
+    ours = sum(chain.conv(value, reader) for reader in readers)
+    z = bn(conv(inputs[0])).relu()
+    theirs = sum(reader(z) for reader in readers)
+    inputs = *inputs, bn.weight, bn.bias, *readers[0].parameters()
+    ours, theirs = (torch.autograd.grad(y.square().mean(), inputs) for y in (ours, theirs))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    assert len(again) == (between is not None)
+
+
 def test_nothing_normalised_is_kept(lane):
     inputs = tensors(lane.device, fp32, **SHAPES["odd"])
     kept = {}

@@ -89,6 +89,44 @@ def affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training
     return scale, b, c, grad_weight, grad_bias
 
 
+class Ahead:
+    """The backward of one batch norm, for who takes the sums: it runs in the launch that adds up their parts.
+
+    Autograd then carries the two sums to the batch norm, which finds the rest done if it gets these very tensors: where
+    a second reader's were added, or a hook wrote to them, it does not. Triton, without a group.
+    """
+
+    def __init__(self, mean, invstd, weight, rows, training):
+        self.of = mean, invstd, weight, rows, training
+        self.done = None
+
+    @staticmethod
+    def of_vectors(scale, shift):
+        """That of the batch norm which returned these vectors, or None."""
+        made_by = None if scale is None else scale.grad_fn
+        return getattr(made_by, "ahead", None) if made_by is not None and shift.grad_fn is made_by else None
+
+    def take(self, parts):
+        """(sum of du * x, sum of du) [C] of both sums in parts [S, 2, C]."""
+        sums = tuple(torch.empty_like(self.of[0]) for _ in range(2))
+        result = _affine_backward(*parts.unbind(1), *self.of, sums)
+        self.done = sums, self._state(sums), result
+        return sums
+
+    def result(self, grad_scale, grad_shift):
+        """What affine_backward returns, or None if it is to be called."""
+        done, self.done = self.done, None
+        if done is None or done[0][0] is not grad_scale or done[0][1] is not grad_shift:
+            return None
+        return done[2] if self._state(done[0]) == done[1] else None
+
+    @staticmethod
+    def _state(sums):
+        # on another stream the vectors might not be there yet
+        stream = torch.cuda.current_stream(sums[0].device) if sums[0].is_cuda else None
+        return *(t._version for t in sums), stream
+
+
 def gather_statistics(mean, var, rows, group):
     """(mean, var, rows) of the batches of all processes of the group, in the order of the ranks."""
     record = torch.cat([mean.new_tensor([float(rows)]), mean, var])
@@ -129,7 +167,8 @@ def _affine(mean, var, weight, bias, eps, running):
     return scale, shift, invstd
 
 
-def _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training):
+def _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, training, sums=(None, None)):
+    """affine_backward; sums: where the parts' are written."""
     from fastcnn.kernels.triton.batch_norm_affine import batch_norm_affine_backward_kernel
 
     mean, invstd, weight = _dense(mean, invstd, weight)
@@ -142,7 +181,8 @@ def _affine_backward(grad_scale, grad_shift, mean, invstd, weight, rows, trainin
     parts, how = parts_of(grad_scale)
     with common.device_guard(mean):
         batch_norm_affine_backward_kernel[(-(-channels // how["BLOCK"]),)](
-            grad_scale, grad_shift, mean, invstd, weight, a, b, c, grad_weight, grad_bias, channels, rows, *parts,
+            grad_scale, grad_shift, mean, invstd, weight, a, b, c, grad_weight, grad_bias, *sums, channels, rows,
+            *parts,
             **how,
         )  # fmt: skip
     return a, b, c, grad_weight, grad_bias

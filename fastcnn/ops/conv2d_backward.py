@@ -16,7 +16,7 @@ from fastcnn.ops import conv2d_backward_launch as launches
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.chips import chip
 from fastcnn.ops.conv_problem import is_one_pixel
-from fastcnn.ops.conv_sums import sum_rows, sum_slabs
+from fastcnn.ops.conv_sums import sum_parts, sum_rows_in_parts, sum_slabs
 
 
 def conv2d_backward_reference(grad_output, input, weight, *, correction=None, pending=None, join=None, add=None):
@@ -129,8 +129,9 @@ def pays(grad_output, input, weight, stride, padding, groups, **options):
 
 
 def conv2d_backward(
-    grad_output, input, weight, *, correction=None, pending=None, join=None, add=None, out=None, tile=None
-):
+    grad_output, input, weight, *, correction=None, pending=None, join=None, add=None, out=None, tile=None,
+    in_parts=False,
+):  # fmt: skip
     """Gradients of the input and of the weight of a 1x1 convolution of stride 1 without padding, one group.
 
     Args:
@@ -144,6 +145,7 @@ def conv2d_backward(
         add: a gradient that is added, shaped as the input, or None: before a join, after a pending activation.
         out: where the gradient of the input is written, or None. It may be add: then that is accumulated.
         tile: a conv2d_backward_launch.Tile; None for the one predicted to be fastest.
+        in_parts: the sums are [S, 2, C], to be added up.
 
     Returns:
         (grad_input, grad_weight with the strides of weight, sums): sums [2, C] in fp32 are the gradients of pending's
@@ -160,7 +162,8 @@ def conv2d_backward(
     grad_weight = torch.empty_like(weight)
     summed = pending is not None or join is not None
     if input.numel() == 0:
-        sums = torch.zeros((2, input.shape[1]), dtype=torch.float32, device=input.device)
+        sums = torch.zeros((1, 2, input.shape[1]), dtype=torch.float32, device=input.device)
+        sums = sums if in_parts else sums[0]
         return grad_input, grad_weight.zero_(), sums if summed else None
     from fastcnn.kernels.triton.conv2d_backward import conv2d_backward_kernel
 
@@ -198,4 +201,7 @@ def conv2d_backward(
             num_stages=tile.stages,
         )
         sum_slabs(slabs, grad_weight)
-        return grad_input, grad_weight, sum_rows(partial) if summed else None
+        if not summed:
+            return grad_input, grad_weight, None
+        parts = sum_rows_in_parts(partial)
+        return grad_input, grad_weight, parts if in_parts else sum_parts(parts)

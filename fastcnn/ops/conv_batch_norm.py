@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, pending, pending_cpu
+from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, conv_sums, pending, pending_cpu
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -162,7 +162,10 @@ class ConvBatchNormFunction(torch.autograd.Function):
         ctx.again = again
         if again is not None and any(ctx.needs_input_grad):
             again.readers += 1
-        ctx.form = (activation, slope, out, e.is_join, scaled, loads)
+        ctx.form = (activation, slope, out, e.is_join, scaled, loads, bn.Ahead.of_vectors(scale, shift))
+        ctx.ahead = None
+        if backend == "triton" and norm is not None and norm.group is None:
+            ctx.ahead = bn.Ahead(mean, invstd, gamma, rows, norm.training)
         ctx.where = (geometry, norm, rows, backend)
         ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
         ctx.set_materialize_grads(False)
@@ -187,7 +190,8 @@ class ConvBatchNormFunction(torch.autograd.Function):
                     grad_y, y, mean, invstd, gamma, grad_scale, grad_shift
                 )
             elif norm is not None:
-                a, b, c, grad_gamma, grad_beta = bn.affine_backward(
+                done = None if ctx.ahead is None else ctx.ahead.result(grad_scale, grad_shift)
+                a, b, c, grad_gamma, grad_beta = done or bn.affine_backward(
                     grad_scale, grad_shift, mean, invstd, gamma, rows, norm.training, norm.group, backend
                 )
                 correction = Correction(y, a, b, c)
@@ -222,6 +226,7 @@ class Inputs(NamedTuple):
     join: bool
     scaled: bool
     loads: bool = False  # whether the convolution's kernels make z
+    ahead: bn.Ahead | None = None  # of the batch norm that made scale and shift
 
     @property
     def is_plain(self):
@@ -231,6 +236,10 @@ class Inputs(NamedTuple):
     def is_scaled_join(self):
         """Whether it is a join whose left side is x * scale + shift."""
         return self.join and self.scale is not None and self.activation == "none" and self.gate is None
+
+    def sums(self, parts):
+        """Gradients of scale and shift, which a kernel left in parts [S, 2, C]."""
+        return conv_sums.sum_parts(parts).unbind(0) if self.ahead is None else self.ahead.take(parts)
 
     def again(self, backend):
         """z, made again where it was not kept."""
@@ -311,14 +320,14 @@ def _on_gpu(
     grad_weight = None
     in_one = need_image and need_weight and (loads or not is_pending)
     if in_one and conv2d_backward.pays(grad_y, z, weight, stride, padding, groups, **fused):
-        dz, grad_weight, sums = conv2d_backward.conv2d_backward(grad_y, z, weight, **fused)
+        dz, grad_weight, *parts = conv2d_backward.conv2d_backward(grad_y, z, weight, **fused, in_parts=True)
         need_weight = False
     elif need_image:
         raw = dict(input=inputs.x) if is_pending else {}
         dz = conv2d.conv2d_backward_input(
-            grad_y, weight, None, size, *window, channels_last, "conv", among, **fused, **raw
+            grad_y, weight, None, size, *window, channels_last, "conv", among, **fused, **raw, in_parts=True
         )
-        dz, *sums = (dz,) if isinstance(dz, torch.Tensor) else dz
+        dz, *parts = (dz,) if isinstance(dz, torch.Tensor) else dz
     if need_weight:
         grad_weight = conv2d.conv2d_backward_weight(
             grad_y,
@@ -338,7 +347,7 @@ def _on_gpu(
         grads = dz, *[None] * 6
     else:
         right = None if inputs.right_scale is None else pending.sums(dz, inputs.right, backend)
-        grads = dz, *sums, None, dz if inputs.join else None, *_pair(right)
+        grads = dz, *inputs.sums(*parts), None, dz if inputs.join else None, *_pair(right)
     return grads, grad_weight
 
 

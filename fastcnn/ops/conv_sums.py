@@ -67,11 +67,6 @@ def _sum_shares(image, out):
     return part
 
 
-def sum_rows(partial):
-    """The sum [2, C] of partial sums [rows, 2, C]."""
-    return sum_parts(sum_rows_in_parts(partial))
-
-
 def sum_parts(parts):
     """The sum [2, C] of parts [S, 2, C], which are few (sum_rows_in_parts)."""
     from fastcnn.kernels.triton.conv_sums import sum_slabs_kernel

@@ -76,11 +76,11 @@ def added(ptr, c, inside, parts, stride, AT_ONCE: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit(do_not_specialize=["rows", "parts"])
 def batch_norm_affine_backward_kernel(
-    dscale_ptr, dshift_ptr, mean_ptr, invstd_ptr, weight_ptr, a_ptr, b_ptr, c_ptr, dweight_ptr, dbias_ptr, C, rows,
-    parts, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
+    dscale_ptr, dshift_ptr, mean_ptr, invstd_ptr, weight_ptr, a_ptr, b_ptr, c_ptr, dweight_ptr, dbias_ptr,
+    first_ptr, second_ptr, C, rows, parts, stride, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # one program computes the gradients of BLOCK channels' weight and bias, and a, b, c: dx = a * du + b * x + c;
-    # without b_ptr and c_ptr the statistics were constants, and dx = a * du
+    # without b_ptr and c_ptr the statistics were constants, and dx = a * du. first, second: the sums of dscale, dshift
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = channel < C
     dscale = added(dscale_ptr, channel, inside, parts, stride, AT_ONCE, BLOCK)
@@ -91,6 +91,9 @@ def batch_norm_affine_backward_kernel(
     if weight_ptr is not None:
         a = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(mean.dtype) * invstd
     dweight = (dscale - mean * dshift) * invstd
+    if first_ptr is not None:
+        tl.store(first_ptr + channel, dscale, mask=inside)
+        tl.store(second_ptr + channel, dshift, mask=inside)
     tl.store(a_ptr + channel, a, mask=inside)
     if b_ptr is not None:
         n = rows.to(mean.dtype)
