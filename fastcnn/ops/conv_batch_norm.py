@@ -88,6 +88,11 @@ def check_rows(y):
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(y.shape)}")
 
 
+def constant_statistics(running_mean, running_var, dtype):
+    """(mean, var) of batch norm in evaluation; mean, which backward reads, is a copy: training may move the other."""
+    return running_mean.to(dtype, copy=True), running_var.to(dtype)
+
+
 def refuse_second_derivatives():
     """Called where a backward runs: its own gradients would be silently wrong."""
     if torch.is_grad_enabled():
@@ -152,7 +157,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if slot is not None and backend != "triton":
             y = slot.filled(y)
         if norm is not None and not batch:
-            mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+            mean, var = constant_statistics(running_mean, running_var, pending.vector_dtype(x))
             mean = mean if bias is None else mean - bias
             *vectors, invstd = bn.affine(mean, var, gamma, beta, norm.eps, backend)
         ctx.save_for_backward(
