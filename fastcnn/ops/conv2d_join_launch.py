@@ -31,9 +31,8 @@ TILES = {
     Tile(64, 64, 64, 4, 3): {90: (146, 66), 100: (144, 67)},
     Tile(128, 64, 64, 8, 3): {80: (190, 82), 90: (144, 106), 100: (142, 107)},
     Tile(64, 128, 64, 8, 3): {80: (186, 66), 90: (128, 90), 100: (108, 91)},
+    Tile(64, 256, 32, 4, 3): {90: (244, 69), 100: (161, 70)},
     Tile(64, 256, 64, 8, 3): {80: (255, 98), 90: (176, 138), 100: (136, 139)},
-    Tile(128, 256, 64, 8, 3): {90: (255, 178), 100: (202, 179)},
-    Tile(64, 512, 64, 8, 2): {90: (248, 153), 100: (189, 154)},
 }
 NOT_COMPILED = 120  # the first capability that nothing above was compiled for
 
@@ -116,10 +115,11 @@ def together(problem, tile, chip):
     copies = (loaded + 2 * 3 * m * k) / SHARED_BYTES_PER_CYCLE
     elementwise = m * k * INSTRUCTIONS / 128
     l2 = min(L2_BYTES_PER_CYCLE, chip.l2 * 1e12 / chip.sms / chip.hertz)
-    # a program does one after the other, and the others of the SM something else meanwhile
+    # a program does one after the other, and the others of the SM something else meanwhile. It asks for a block after
+    # the product of the step that freed the place, stages - 1 steps before it needs it
     alone = products + copies + elementwise + STEP
+    alone = max(alone, (alone + LATENCY) / (tile.stages - 1))
     step = max(products, operands + copies, elementwise, alone / side_by_side, loaded / l2)
-    step = max(step, LATENCY / (tile.stages - 1) / side_by_side)
     end = LATENCY + TILE_END + 2 * m * n / L2_BYTES_PER_CYCLE
     compute = (busiest * steps * step + -(-busiest // side_by_side) * end) / chip.hertz
     moved = problem.bytes_together(columns)
