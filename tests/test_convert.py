@@ -1,8 +1,11 @@
 """fastcnn.convert against the model as it was: what may change afterwards, and what must go on as before."""
 
 import copy
+import inspect
 import io
 import pickle
+from collections import OrderedDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +106,52 @@ def test_options_may_change_after_conversion(forward, monkeypatch):
     assert model._fastcnn_unit.traces == 2
 
 
+def test_options_inside_of_options_may_change_after_conversion():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.scales = Block(), {"factors": [[1.0, 2.0]]}
+            self.options = SimpleNamespace(inner=SimpleNamespace(factor=3.0))
+
+        def forward(self, x):
+            return self.body(x) * self.scales["factors"][0][1] * self.options.inner.factor
+
+    model, stock, _ = converted(Odd())
+    assert_same(model, stock)
+    for net in (model, stock):
+        net.scales["factors"][0][1] = 5.0
+    assert_same(model, stock)
+    for net in (model, stock):
+        net.options.inner.factor = 7.0
+    assert_same(model, stock)
+    assert model._fastcnn_unit.traces == 3
+
+
+def test_classes_and_functions_may_be_patched_after_conversion(monkeypatch):
+    class Inner(Block):
+        factor = 1.0
+
+        def forward(self, x):
+            return activation_of_inner(super().forward(x)) * self.factor
+
+    model, stock, _ = converted(Net(Inner(), Block()))
+    assert_same(model, stock)
+    Inner.factor = 2.0
+    assert_same(model, stock)
+    monkeypatch.setitem(globals(), "activation_of_inner", torch.tanh)
+    assert_same(model, stock)
+    Inner.forward = lambda self, x: F.relu(self.bn1(self.conv1(x)) + x)
+    assert_same(model, stock)
+    assert model._fastcnn_unit.traces == 4
+    copy.deepcopy(model), pickle.dumps(model.stem)  # these write into classes, too
+    assert_same(model, stock)
+    assert model._fastcnn_unit.traces == 4
+
+
+def activation_of_inner(x):
+    return F.silu(x)
+
+
 def test_a_module_that_changes_all_the_time_runs_as_it_is(caplog):
     model, stock, _ = converted(conv_bn())
     for step in range(30):
@@ -158,6 +207,28 @@ def test_parameters_may_be_exchanged_after_conversion():
         net.body.bn1.bias = None
     assert_same(model, stock)
     assert model._fastcnn_unit.traces == 1
+
+
+def test_parametrizations_come_and_go():
+    def scaled(net):
+        nn.utils.parametrizations.weight_norm(net.blocks[0].conv1)
+        nn.utils.parametrize.register_parametrization(net.stem[1], "weight", nn.Softplus())
+
+    model, stock, _ = converted(Net())
+    scaled(model), scaled(stock)
+    assert_same(model, stock)
+    fastcnn.revert(model)
+    for a, b in zip(model.modules(), stock.modules(), strict=True):
+        assert type(a).__name__ == type(b).__name__ and type(a).__mro__[1:] == type(b).__mro__[1:]
+    assert_same(model, stock)
+    fastcnn.convert(model)
+    assert_same(model, stock)
+    for net in (model, stock):
+        nn.utils.parametrize.remove_parametrizations(net.blocks[0].conv1, "weight")
+        nn.utils.parametrize.remove_parametrizations(net.stem[1], "weight")
+    assert_same(model, stock)
+    fastcnn.revert(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
 
 
 def test_sync_batch_norm_after_conversion():
@@ -253,6 +324,95 @@ def test_calls_that_are_no_plain_tensors():
     ):
         torch.testing.assert_close(call(model), call(stock))
     assert len(model._fastcnn_unit.programs) == 5  # one of them made by convert
+
+
+def test_pools_in_inference_mode_and_under_checkpoints():
+    class Pooled(Net):
+        def forward(self, x):
+            x = F.max_pool2d(F.relu(self.stem(x)), 2)
+            return self.fc(F.max_pool2d(self.blocks(x), 2).mean((2, 3)))
+
+    model, stock, _ = converted(Pooled())
+    expected = run(copy.deepcopy(stock), image())
+    with fastcnn.backend("cpu"):
+        torch.testing.assert_close(run(lambda_module(copy.deepcopy(model), checkpointed=True), image()), expected)
+    for mode in (True, False):
+        model.train(mode), stock.train(mode)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(image()), stock(image()))
+        assert_same(model, stock)
+
+
+@pytest.mark.parametrize("backend", ("torch", "cpu"))
+def test_an_evaluation_goes_back_after_training_has_moved_the_statistics(backend):
+    model, _, _ = converted(Net())
+    later = copy.deepcopy(model)
+    with fastcnn.backend(backend):
+        for net in (model, later):
+            net.eval()
+            loss = net(image()).square().sum()
+            net.train()
+            if net is later:
+                net(image(1))
+            loss.backward()
+    grads = ([p.grad for p in net.parameters()] for net in (model, later))
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_graph_modules_and_their_edits():
+    model = torch.fx.symbolic_trace(Net().double())
+    stock = copy.deepcopy(model)
+    report = fastcnn.convert(model)
+    assert len(report.fused) == 12
+    assert_same(model, stock)
+    for net in (model, stock):
+        for node in net.graph.nodes:
+            if node.op == "call_function" and node.target is F.relu:
+                node.target, node.kwargs = F.silu, {}
+        net.recompile()
+    assert_same(model, stock)
+    assert model._fastcnn_unit.traces == 2
+    assert fastcnn.revert(pickle.loads(pickle.dumps(model)))(image()).shape == (3, 3)
+    fastcnn.revert(model)
+    assert_same(model, stock)
+
+
+def test_layers_in_lists_of_a_forward_that_cannot_be_recorded():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.named = nn.ModuleList([Block(), Block()]), nn.ModuleDict({"last": Block()})
+
+        def forward(self, x):
+            for layer in self.layers:
+                if x.shape[0] > 1:
+                    x = layer(x)
+            return self.named["last"](x)
+
+    model, stock, report = converted(Odd())
+    assert len(report.fused) == 15 and "control flow" in report.kept[""]
+    assert_same(model, stock)
+
+
+def test_the_signature_and_the_type_of_the_result_stay():
+    class Levels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.blocks = conv_bn(), nn.ModuleList([Block(), Block()])
+
+        def forward(self, x, *, scale: float = 2.0):
+            levels = OrderedDict()
+            x = F.relu(self.stem(x))
+            for i, block in enumerate(self.blocks):
+                levels[f"level{i}"] = x = block(x) * scale
+            return levels
+
+    model, stock, report = converted(Levels())
+    assert inspect.signature(model.forward) == inspect.signature(stock.forward)
+    assert len(report.fused) == 12
+    results = [net(image()) for net in (model, stock)]
+    assert [type(r) for r in results] == [OrderedDict] * 2 and list(results[0]) == ["level0", "level1"]
+    torch.testing.assert_close(dict(results[0]), dict(results[1]))
 
 
 def test_checkpointing_compiling_exporting_scripting():

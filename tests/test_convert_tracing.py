@@ -261,6 +261,40 @@ def prints(self, x):
     return self.body(x)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 3
+
+
+@torch.jit.script
+def scripted(x):
+    return x * torch.sigmoid(x)
+
+
+def calls_an_autograd_function(self, x):
+    return self.body(Doubled.apply(x))
+
+
+def calls_a_scripted_function(self, x):
+    return scripted(self.body(x))
+
+
+def makes_a_tensor_of_a_value(self, x):
+    return self.body(torch.as_tensor(x))
+
+
+def matches_classes(self, x):
+    match x:
+        case torch.Tensor():
+            return self.body(x)
+    return x
+
+
 def calls_what_is_not_registered(self, x):
     return self.hidden[0](x)
 
@@ -271,7 +305,9 @@ REFUSED = [
     (branches_on_a_value, "control flow"), (branches_on_a_size, "control flow"), (without_gradients, "switches"),
     (under_autocast, "switches"), (catches_errors, "control flow"), (asks_for_the_type, "type()"),
     (asks_for_the_same_object, "same object"), (asks_for_an_instance, "type of a value"), (checkpoints, "control flow"),
-    (prints, "print()"), (calls_what_is_not_registered, "not registered"),
+    (prints, "print()"), (calls_an_autograd_function, "looks inside"), (calls_a_scripted_function, "looks inside"),
+    (makes_a_tensor_of_a_value, "looks inside"), (matches_classes, "looks inside"),
+    (calls_what_is_not_registered, "not registered"),
 ]  # fmt: skip
 
 
@@ -306,6 +342,23 @@ def test_what_a_trace_would_lose_is_refused(forward, reason, inside):
     if forward is counts_in_a_global:
         assert COUNTS["calls"] == saved + 4
     assert odd.calls == (2 if forward is counts_in_an_attribute else 0)
+
+
+def test_isinstance_of_values_is_known_where_the_tensor_is():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = conv_bn()
+
+        def forward(self, x):
+            y = self.body(x)
+            assert torch.is_tensor(x) and isinstance(y, torch.Tensor | list) and not isinstance(y, (list, nn.Module))
+            return F.relu(y)
+
+    model, stock, report = converted(Asking())
+    assert "body.0" in report.fused and isinstance is __import__("builtins").isinstance
+    assert isinstance.__class__ is type(len)  # Python's own again
+    assert_same(model, stock)
 
 
 def test_what_others_hung_on_the_garbage_collector_is_not_the_forwards_doing():

@@ -6,6 +6,7 @@ fused chain (rules.py) and run as long as nothing they took for granted has chan
 """
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastcnn.conversion.layers import OP_OF, OPS, OURS, op_of
 from fastcnn.conversion.report import Report, Row
@@ -138,7 +139,16 @@ def revert(model):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if vars(module).pop("_fastcnn_unit", None) is not None:
-            module.__class__ = type(module)._fastcnn_original
+            _put_back_class(module, getattr(type(module), "_fastcnn_original", type(module)))
         if vars(module).pop(SWAPPED, None) is not None:
-            module.__class__ = THEIRS[type(module)]
+            _put_back_class(module, next(THEIRS[cls] for cls in type(module).__mro__ if cls in THEIRS))
     return model
+
+
+def _put_back_class(module, cls):
+    now = type(module)
+    if now.__module__ == parametrize.__name__:
+        # PyTorch's class for this one module, which it derived from ours
+        namespace = {key: value for key, value in vars(now).items() if key not in ("__dict__", "__weakref__")}
+        cls = type(now.__name__, (cls,), namespace)
+    module.__class__ = cls

@@ -2,6 +2,7 @@
 
 import inspect
 import operator
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +51,9 @@ class Aliases:
             written = self.written_by(node)
             if written:
                 self.writes.append((i, written))
-            inputs = frozenset().union(*(self.roots[n] for n in node.all_input_nodes))
             self.reads += [(i, source) for source in node.all_input_nodes]
+            inputs = node.args[:1] if self.returns_first(node) else node.all_input_nodes
+            inputs = frozenset().union(*(self.roots[n] for n in inputs))
             self.roots[node] = frozenset((node,)) if self.is_fresh(node) else inputs | {node}
 
     def add(self, node, like):
@@ -66,6 +68,16 @@ class Aliases:
         if node.op == "call_function":
             return node.target in FRESH_FUNCTIONS
         return node.op == "call_method" and node.target in FRESH_METHODS
+
+    @staticmethod
+    def returns_first(node):
+        """Whether the node writes to its first argument, and returns that."""
+        if not node.args or not isinstance(node.args[0], torch.fx.Node):
+            return False
+        if node.op == "call_function":
+            return node.target in INPLACE_OPERATORS
+        named = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        return named and node.target != "set_"
 
     def written_by(self, node):
         inputs = node.all_input_nodes
@@ -84,7 +96,7 @@ class Aliases:
             return frozenset()
         if node.target in INPLACE_OPERATORS:
             return only_first
-        if getattr(node.target, "__name__", "") == "stochastic_depth":
+        if getattr(node.target, "__name__", "") == "stochastic_depth" or node.target is OrderedDict:
             return frozenset()
         if node.target is F.batch_norm:  # its running statistics
             statistics = (node.args[1:3], node.kwargs.get("running_mean"), node.kwargs.get("running_var"))

@@ -109,10 +109,11 @@ def read_by(code, names):
             if argument in REFUSED_BUILTINS and argument not in names and hasattr(builtins, argument):
                 raise Untraceable(f"{where} uses {argument}()")
             value = names.get(argument)
-            if isinstance(value, (*SIMPLE, list, dict, set)) and argument in names:
+            if isinstance(value, (*SIMPLE, list, dict, set, types.FunctionType)) and argument in names:
                 read.append((names, argument))
             elif isinstance(value, types.ModuleType) and value.__name__.split(".")[0] not in ("torch", "math", "numpy"):
                 inside = vars(value)
-                read += [(inside, name) for name in code.co_names if isinstance(inside.get(name, inside), SIMPLE)]
+                kinds = (*SIMPLE, types.FunctionType)
+                read += [(inside, name) for name in code.co_names if isinstance(inside.get(name, inside), kinds)]
         previous = instruction
     return read

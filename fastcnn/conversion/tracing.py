@@ -5,10 +5,12 @@ of a value, `x += y` (recorded as x + y), hooks of inner modules. Each of these 
 module. Two traces must agree. What a trace has read and may change later (attributes of modules, globals) is `Watched`.
 """
 
+import builtins
 import inspect
 import operator
 import sys
 import threading
+from collections import OrderedDict
 
 import torch
 import torch.fx
@@ -37,28 +39,39 @@ TENSOR_MODULES = (
     torch.nn.modules.pooling._AvgPoolNd, torch.nn.modules.pooling._AdaptiveAvgPoolNd,
 )  # fmt: skip
 TENSOR_FUNCTIONS = {torch.cat, torch.relu, torch.sigmoid, torch.tanh, torch.flatten, torch.nn.functional.relu}
+SOME_TENSOR = torch.empty(0)
 ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul}
+
+
+def is_others_layer(module):
+    """Whether the module is one of the layers of other libraries that are one step of a graph."""
+    cls = type(module)
+    return cls.__name__ in LEAVES and cls.__module__.startswith(LEAVES[cls.__name__])
 
 
 def is_known_leaf(module):
     """Whether the module is one step of a graph by its class."""
-    cls = type(module)
-    path = cls.__module__
-    if LEAVES.get(cls.__name__) is not None and path.startswith(LEAVES[cls.__name__]):
+    if is_others_layer(module):
         return True
-    return (path.startswith(("torch.", "fastcnn.nn."))) and not isinstance(module, torch.nn.Sequential)
+    if isinstance(module, (torch.nn.Sequential, torch.fx.GraphModule)):
+        return False
+    return type(module).__module__.startswith(("torch.", "fastcnn.nn."))
+
+
+def _asked_by_tracing():
+    # whether the frame two above is torch.fx itself, which has to see proxies
+    asker = sys._getframe(2).f_globals.get("__name__", "")
+    return asker.startswith(("torch.fx", "torch.utils._pytree", "torch.overrides"))
 
 
 class _Checked:
     # what a proxy of torch.fx lets through silently
     @property
     def __class__(self):
-        asker = sys._getframe(1).f_globals.get("__name__", "")
-        if asker.startswith(("torch.fx", "torch.utils._pytree", "torch.overrides")):
+        if _asked_by_tracing():
             return type(self)
-        if self.node.meta.get("tensor"):
-            return torch.Tensor
-        self.tracer.refuse("asks the type of a value that is not known before it runs")
+        # C code that is told torch.Tensor goes on to read the tensor's memory: only Python's isinstance gets an answer
+        self.tracer.refuse("looks inside of a value (as an autograd or scripted function and torch.tensor do)")
 
     def __getattr__(self, name):
         if name.startswith("__") or name not in TENSOR_NAMES:
@@ -85,6 +98,25 @@ for _name in INPLACE:
 
 class _Proxy(_Checked, torch.fx.Proxy):
     pass
+
+
+class _Instances:
+    """Inside the block, isinstance says of a proxy what it will say of the tensor."""
+
+    def __enter__(self):
+        self.original = original = builtins.isinstance
+
+        def isinstance_of_values(value, kinds):
+            if type(value) not in (_Proxy, _AttributeProxy) or _asked_by_tracing():
+                return original(value, kinds)
+            if not value.node.meta.get("tensor"):
+                value.tracer.refuse("asks the type of a value that is not known before it runs")
+            return original(SOME_TENSOR, kinds)
+
+        builtins.isinstance = isinstance_of_values
+
+    def __exit__(self, *exc_info):
+        builtins.isinstance = self.original
 
 
 class _AttributeProxy(_Checked, Attribute):
@@ -143,23 +175,24 @@ class Tracer(torch.fx.Tracer):
             result = self.forward(self.root, *args, **kwargs)
             if not _same(before, (args, kwargs)):
                 self.refuse("changes a list or dict that it was given")
-            self.check_containers(result)
-            return result
+            return self.returned(result)
 
         return forward, ()
 
-    def check_containers(self, value):
-        # torch.fx rebuilds containers as plain ones
+    def returned(self, value):
+        """What a forward returns; torch.fx would rebuild containers as plain ones."""
         if type(value) in (_Proxy, _AttributeProxy) or value is None or isinstance(value, SIMPLE):
-            return
-        if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
-            for item in value:
-                self.check_containers(item)
-        elif type(value) is dict:
-            for item in value.values():
-                self.check_containers(item)
-        else:
-            self.refuse(f"returns a {type(value).__name__}")
+            return value
+        if type(value) in (tuple, list):
+            return type(value)(map(self.returned, value))
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(self.returned, value))
+        if type(value) is dict:
+            return {key: self.returned(item) for key, item in value.items()}
+        if type(value) is OrderedDict:
+            pairs = [(key, self.returned(item)) for key, item in value.items()]
+            return self.create_proxy("call_function", OrderedDict, (pairs,), {})
+        self.refuse(f"returns a {type(value).__name__}")
 
     def proxy(self, node):
         return _Proxy(node, self)
@@ -267,7 +300,7 @@ def trace(module, forward, arguments, opaque):
     for _ in range(2):
         tracer = Tracer(forward, opaque)
         try:
-            with Calls() as calls:
+            with Calls() as calls, _Instances():
                 graphs.append(tracer.record(module, arguments))
         except Untraceable:
             put_back(before)

@@ -5,6 +5,7 @@ is made here and found again by pickle and deepcopy; graphs are not copied but m
 """
 
 import copyreg
+import functools
 import inspect
 import logging
 import threading
@@ -12,12 +13,13 @@ from typing import NamedTuple
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import parametrize
 
 from fastcnn.backends import _transformed
 from fastcnn.conversion.layers import op_of
 from fastcnn.conversion.program import compile_graph
 from fastcnn.conversion.surroundings import Untraceable
-from fastcnn.conversion.tracing import is_known_leaf, trace
+from fastcnn.conversion.tracing import is_known_leaf, is_others_layer, trace
 from fastcnn.conversion.watched import SIMPLE, Watched
 
 MAX_TRACES = 24  # in a row, none used twice: a module that changes itself all the time runs as it is
@@ -126,13 +128,12 @@ class Unit:
         # a step of the graph that is a network of its own
         if name in opaque:
             self.install_inside(inner, name + ".")
-        elif not is_known_leaf(inner):
+        else:
             install(inner, self.inner(name))
 
     def install_inside(self, module, prefix):
         for name, child in module.named_children():
-            if not is_known_leaf(child):
-                install(child, self.inner(prefix + name))
+            install(child, self.inner(prefix + name))
 
 
 def original_class(module):
@@ -155,7 +156,7 @@ def why_not_unit(module):
 
 def install(module, unit):
     """Convert a module, or what is inside if its own forward cannot be recorded."""
-    if KEY in vars(module):
+    if KEY in vars(module) or is_others_layer(module) or isinstance(module, parametrize.ParametrizationList):
         return
     why = why_not_unit(module)
     if why is None:
@@ -250,6 +251,7 @@ def unit_class(original):
     if original in _classes:
         return _classes[original]
 
+    @functools.wraps(original.forward)
     def forward(self, *args, **kwargs):
         if torch.compiler.is_compiling():
             if torch.compiler.is_exporting():
@@ -271,6 +273,15 @@ def unit_class(original):
         shared = {id(t): t for t in (*self.parameters(), *self.buffers())}
         return revert(copy.deepcopy(self, shared))
 
+    def recompile(self):
+        # torch.fx writes the forward of an edited graph into the class
+        cls = type(self)
+        self.__class__ = original
+        try:
+            return self.recompile()
+        finally:
+            self.__class__ = cls
+
     namespace = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -280,6 +291,8 @@ def unit_class(original):
         "__reduce_ex__": __reduce_ex__,
         "__prepare_scriptable__": __prepare_scriptable__,
     }
+    if issubclass(original, torch.fx.GraphModule):
+        namespace["recompile"] = recompile
     _classes[original] = type(original)(original.__name__, (original,), namespace)
     return _classes[original]
 

@@ -1,11 +1,18 @@
 """What a graph takes for granted and may change later: attributes, classes, hooks and children of modules, globals."""
 
+import argparse
+import dataclasses
 import types
 
 import torch
 
 SIMPLE = (bool, int, float, str, type(None))
+CONTAINERS = (list, dict, set)
+OPTIONS = (types.SimpleNamespace, argparse.Namespace)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# parameters and buffers are read when a graph runs; children are looked at on their own
+NOT_OPTIONS = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_fastcnn_unit")
+PLAIN = (torch.nn.Module, torch.Tensor, dict, type, types.ModuleType, types.FunctionType, types.MethodType)
 
 
 def has_hooks(module):
@@ -14,16 +21,41 @@ def has_hooks(module):
 
 
 def _copied(value):
-    return type(value)(value) if type(value) in (list, dict, set) else value
+    return type(value)(value) if type(value) in CONTAINERS else value
 
 
-PLAIN = (torch.nn.Module, torch.Tensor, dict, type, types.ModuleType, types.FunctionType, types.MethodType)
+def _nested(value, found):
+    # all lists, dicts and sets inside of a value, and the attributes of objects that hold options
+    if type(value) in OPTIONS or (dataclasses.is_dataclass(value) and hasattr(value, "__dict__")):
+        value = vars(value)
+    if type(value) in CONTAINERS:
+        if any(value is other for other in found):
+            return
+        found.append(value)
+    if type(value) in (*CONTAINERS, tuple):
+        for item in value.values() if type(value) is dict else value:
+            if type(item) not in SIMPLE:
+                _nested(item, found)
 
 
 def _attributes(module):
-    # one level into objects that hold options, too
-    objects = [v for name, v in vars(module).items() if name != "_fastcnn_unit" and not isinstance(v, PLAIN)]
-    return [vars(module), *(vars(value) for value in objects if hasattr(value, "__dict__"))]
+    own = [value for name, value in vars(module).items() if name not in NOT_OPTIONS and type(value) not in SIMPLE]
+    found = [vars(module)]
+    for value in own:
+        _nested(value, found)
+    # one level into other objects that hold options, too
+    objects = [vars(value) for value in own if not isinstance(value, PLAIN) and hasattr(value, "__dict__")]
+    return found + [d for d in objects if not any(d is other for other in found)]
+
+
+def _users_classes(modules):
+    found = dict.fromkeys(cls for kind in dict.fromkeys(map(type, modules)) for cls in kind.__mro__)
+    return [cls for cls in found if cls.__module__.split(".")[0] not in ("torch", "fastcnn", "builtins")]
+
+
+def _public(namespace):
+    # copy and pickle put names of their own into classes
+    return {name: value for name, value in namespace.items() if not name.startswith("__")}
 
 
 class Watched:
@@ -37,17 +69,14 @@ class Watched:
     def __init__(self, modules, read=()):
         self.modules = list(modules)
         self.types = list(map(type, self.modules))
-        parents = [module for module in self.modules if module._modules]
-        self.owners = [module for module in self.modules for _ in _attributes(module)] + parents
-        self.live = [attributes for module in self.modules for attributes in _attributes(module)]
-        self.live += [module._modules for module in parents]
-        self.saved = [{key: _copied(value) for key, value in d.items() if key not in ("_modules",)} for d in self.live]
+        self.classes = [(vars(cls), dict(vars(cls))) for cls in _users_classes(self.modules)]
+        owned = [(module, attributes) for module in self.modules for attributes in _attributes(module)]
+        owned += [(module, module._modules) for module in self.modules if module._modules]
+        self.owners = [module for module, _ in owned]
+        self.live = [container for _, container in owned]
+        self.saved = list(map(_copied, self.live))
         self.read = [(names, name, _copied(names[name])) for names, name in read]
-        # parameters, buffers and hooks may change inside: graphs read them when they run, hooks are counted
-        for saved, live in zip(self.saved, self.live, strict=True):
-            for key in ("_parameters", "_buffers", "_modules"):
-                if key in live:
-                    saved[key] = live[key]
+        # hooks are counted: their owner is called as it is, as soon as it has one
         self.hooks = [getattr(module, name) for module in self.modules for name in HOOKS]
         self.hook_counts = list(map(len, self.hooks))
 
@@ -59,6 +88,7 @@ class Watched:
                 and list(map(type, self.modules)) == self.types
                 and list(map(len, self.hooks)) == self.hook_counts
                 and all(names.get(name) == value for names, name, value in self.read)
+                and all(now == saved or _public(now) == _public(saved) for now, saved in self.classes)
             )
         except (RuntimeError, ValueError, TypeError):  # a tensor or an array was exchanged: == gives no bool
             return False
@@ -75,18 +105,16 @@ class Watched:
 
 
 def put_back(watched):
-    """Undo what has changed since."""
+    """Undo what has changed in attributes since, in the same lists and dicts, as others may hold them."""
     for live, saved in zip(watched.live, watched.saved, strict=True):
-        for key in [key for key in live if key not in saved]:
-            del live[key]
-        for key, value in saved.items():
-            now = live.get(key)
-            if now is value:
-                continue
-            if type(value) is list and type(now) is list:
-                now[:] = value  # the same list, as others may hold it
-            elif type(value) in (dict, set) and type(now) is type(value):
-                now.clear()
-                now.update(value)
-            else:
-                live[key] = value
+        if type(live) is list:
+            live[:] = saved
+        elif type(live) is set:
+            live.clear()
+            live.update(saved)
+        else:
+            for key in [key for key in live if key not in saved]:
+                del live[key]
+            for key, value in saved.items():
+                if key not in live or live[key] is not value:
+                    live[key] = value

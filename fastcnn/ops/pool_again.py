@@ -62,4 +62,5 @@ def max_pool2d(x, window, ceil_mode):
 def recipe_of(y):
     """(Recipe, its tensors), or (None, ()) of what must be kept."""
     recipe, tensors, version = getattr(y, ATTRIBUTE, (None, (), None))
-    return (recipe, tensors) if version == y._version else (None, ())
+    # tensors of inference mode have no version, nor a recipe
+    return (recipe, tensors) if recipe is not None and version == y._version else (None, ())
