@@ -8,7 +8,7 @@ import torch
 
 from fastcnn.ops import batch_norm_affine as bn
 from fastcnn.ops import pending, pending_cpu
-from fastcnn.ops.conv_batch_norm import check_rows, refuse_second_derivatives
+from fastcnn.ops.conv_batch_norm import check_rows, constant_statistics, refuse_second_derivatives
 
 
 class PendingBatchNormFunction(torch.autograd.Function):
@@ -30,7 +30,7 @@ class PendingBatchNormFunction(torch.autograd.Function):
                     mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
                     running = running._replace(rows=rows)
             else:
-                mean, var = (t.to(pending.vector_dtype(x)) for t in (running_mean, running_var))
+                mean, var = constant_statistics(running_mean, running_var, pending.vector_dtype(x))
             scale, shift, invstd = bn.affine(mean, var, weight, bias, norm.eps, backend, running)
         ctx.save_for_backward(x if norm.training else None, weight, mean, invstd)
         ctx.arguments = (norm, rows, backend)
