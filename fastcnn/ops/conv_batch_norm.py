@@ -72,7 +72,7 @@ def _joins(e, weight, geometry, backend):
 
 
 def _convolve(z, weight, bias, geometry, backend, join=None, **fused):
-    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch. join: the Expression of z, to write."""
+    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch. join: what z is, to be written."""
     if backend != "triton":
         return F.conv2d(z, weight, bias, *geometry[1:])
     if join is not None:
