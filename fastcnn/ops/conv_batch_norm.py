@@ -180,9 +180,10 @@ class ConvBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y, grad_scale, grad_shift, grad_z, grad_passed):
         refuse_second_derivatives()
-        *inputs, weight, gamma, y, mean, invstd = ctx.saved_tensors[:12]
+        saved = ctx.saved_tensors  # once: checkpointing makes them when they are asked for, and does so once
+        *inputs, weight, gamma, y, mean, invstd = saved[:12]
         if ctx.again is not None:
-            inputs[0] = ctx.again.make(ctx.saved_tensors[12:], grad_y is not None)
+            inputs[0] = ctx.again.make(saved[12:], grad_y is not None)
         geometry, norm, rows, backend = ctx.where
         needs, join = ctx.needs_input_grad, ctx.form[3]
         inputs = Inputs(*inputs, *ctx.form)
