@@ -172,6 +172,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if backend == "triton" and norm is not None and norm.group is None:
             ctx.ahead = bn.Ahead(mean, invstd, gamma, rows, norm.training)
         ctx.where = (geometry, norm, rows, backend)
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
         ctx.set_materialize_grads(False)
         passed = x if ctx.needs_input_grad[0] and not e.is_join else None
@@ -202,7 +203,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
                 )
                 correction = Correction(y, a, b, c)
             if needs[8]:
-                grad_bias = _grad_bias(grad_y, grad_shift, norm, correction)
+                grad_bias = _grad_bias(grad_y, grad_shift, norm, correction, ctx.bias_dtype)
             passes = _on_gpu if backend == "triton" else _on_cpu
             grads, grad_weight = passes(
                 inputs, grad_y, correction, weight, geometry, ctx.image, grad_z if join else grad_passed,
@@ -273,11 +274,11 @@ def _pair(sums):
     return (None, None) if sums is None else sums.unbind(0)
 
 
-def _grad_bias(grad_y, grad_shift, norm, correction):
+def _grad_bias(grad_y, grad_shift, norm, correction, dtype):
     if norm is None:
         return grad_y.sum((0, 2, 3))
     # the batch's mean takes away what the bias adds
-    return torch.zeros_like(grad_shift) if norm.training else grad_shift * correction.a
+    return torch.zeros_like(grad_shift, dtype=dtype) if norm.training else grad_shift * correction.a
 
 
 def _without_convolution(inputs, add, need_gate, backend):
