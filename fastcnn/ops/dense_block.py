@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_norm_passes, batch_statistics, common, conv2d, conv2d_backward, pending
+from fastcnn.ops import batch_norm_passes, batch_statistics, common, conv2d, conv2d_backward, pending, pending_cpu
 from fastcnn.ops.batch_norm_passes import View
 from fastcnn.ops.conv_batch_norm import Convolution, Norm, check_rows, constant_statistics, refuse_second_derivatives
 from fastcnn.ops.conv_fusion import Correction, Pending
@@ -60,15 +60,15 @@ def _convolve(x, loaded, weight, geometry, backend, pivot=None, out=None):
 def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_weight, backend, add=None, out=None):
     """(grad_x, sum of du * x, sum of du, gradient of the weight); add is added to grad_x, which out gets, if given.
 
-    The sums are [C], or on Triton [S, C] in parts to be added up.
+    The sums are [C], on Triton [S, C] in parts to be added up.
     """
     grad_weight = None
     _, stride, padding, dilation, groups = geometry
     if backend == "triton":
         fused = dict(correction=correction, pending=loaded, add=add, out=out)
         if need_weight and conv2d_backward.pays(grad_y, x, weight, stride, padding, groups, **fused):
-            grad_x, grad_weight, sums = conv2d_backward.conv2d_backward(grad_y, x, weight, **fused)
-            return grad_x, *sums, grad_weight
+            grad_x, grad_weight, parts = conv2d_backward.conv2d_backward(grad_y, x, weight, in_parts=True, **fused)
+            return grad_x, *parts.unbind(1), grad_weight
         among = conv2d.among_vendors(backend, grad_y)
         channels_last = conv2d.suggests_channels_last(x) or conv2d.suggests_channels_last(weight)
         grad_x, parts = conv2d.conv2d_backward_input(
@@ -136,9 +136,7 @@ class DenseBlockFunction(torch.autograd.Function):
             if not second.norm.training:
                 mean2, scale2, shift2, invstd2 = _constant(second, gamma2, beta2, dtype, backend)
             else:
-                mean2, scale2, shift2, invstd2 = _normalised(
-                    y, sums, about, gamma2, beta2, second.norm.eps, _running(second, rows), backend
-                )
+                mean2, scale2, shift2, invstd2 = _normalised(y, sums, about, gamma2, beta2, second, rows, backend)
             about = None
             if statistics and backend == "triton":
                 about = pivot((*firsts, None)[i + 1], channels, channels + k)
@@ -180,14 +178,18 @@ class DenseBlockFunction(torch.autograd.Function):
             du, grad_scale, grad_shift, grad_weight2 = _convolve_backward(
                 grad[:, start:end], correction, y, loaded, weight2, second.geometry, needs[PARAMETERS * i + 5], backend
             )
-            a, b, c, *affine2 = bn.affine_backward(
-                grad_scale, grad_shift, mean2, invstd2, gamma2, rows, second.norm.training, None, backend
-            )
+            correction = None
+            if pending_cpu.can_go_back(y, second.norm, backend):
+                du, *affine2 = pending_cpu.normalised_backward(du, y, mean2, invstd2, gamma2, grad_scale, grad_shift)
+            else:
+                a, b, c, *affine2 = bn.affine_backward(
+                    grad_scale, grad_shift, mean2, invstd2, gamma2, rows, second.norm.training, None, backend
+                )
+                correction = Correction(y if second.norm.training else None, a, b, c)
             loaded = Pending(scale1, shift1, activation, slope, scaled=True)
-            correction = Correction(y if second.norm.training else None, a, b, c)
             _, *sums, grad_weight1 = _convolve_backward(
-                du, correction, buffer[:, :start], loaded, weight1, first.geometry,
-                needs[PARAMETERS * i + 2], backend, add=grad[:, :start], out=gathered[:, :start],
+                du, correction, buffer[:, :start], loaded, weight1, first.geometry, needs[PARAMETERS * i + 2], backend,
+                add=grad[:, :start], out=gathered[:, :start],
             )  # fmt: skip
             if first.norm.training:
                 affine1 = statistics.add(*sums, invstd1, gamma1)
@@ -209,12 +211,15 @@ def _constant(step, weight, bias, dtype, backend):
     return mean, *bn.affine(mean, var, weight, bias, step.norm.eps, backend)
 
 
-def _normalised(y, sums, pivot, weight, bias, eps, running, backend):
+def _normalised(y, sums, pivot, weight, bias, step, rows, backend):
     """(mean, scale, shift, invstd) of batch norm with the statistics of y."""
+    norm, running = step.norm, _running(step, rows)
     if backend == "triton":
-        return batch_statistics.affine_from_sums(y, sums, pivot, weight, bias, eps, backend, running)
+        return batch_statistics.affine_from_sums(y, sums, pivot, weight, bias, norm.eps, backend, running)
+    if pending_cpu.can_normalise(y, norm, running, backend):
+        return pending_cpu.normalised(y, weight, bias, norm.eps, running)
     mean, var = pending.statistics(y, backend)
-    return mean, *bn.affine(mean, var, weight, bias, eps, backend, running)
+    return mean, *bn.affine(mean, var, weight, bias, norm.eps, backend, running)
 
 
 def enter(x, buffer, statistics, pivot):
