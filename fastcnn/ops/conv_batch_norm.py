@@ -4,7 +4,8 @@
 
 Neither z nor the normalised y is stored, except that a join's z is, which later layers read, too. On a GPU the kernels
 make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
-activation and batch norm's sums before it stores. Elsewhere, and with a gate, z is a temporary, made again in backward.
+activation and batch norm's sums before it stores, and who adds these up also runs the backward of that batch norm
+(batch_norm_affine.Ahead). Elsewhere, and with a gate, z is a temporary, made again in backward.
 
 Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
 back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
