@@ -236,7 +236,7 @@ def enter(x, buffer, statistics, pivot):
     grid, where, how = _launch_of(x, buffer)
     partial = torch.empty((grid[0], 2, x.shape[1]), dtype=pivot.dtype, device=x.device)
     with common.device_guard(x):
-        dense_block_enter_kernel[grid](x, buffer, pivot.contiguous(), partial, *where, **how)
+        dense_block_enter_kernel[grid](x, channels, pivot.contiguous(), partial, *where, **how)
         statistics.add(channels, sum_rows_in_parts(partial), pivot)
 
 
@@ -253,7 +253,7 @@ def leave(grad, buffer, channels, statistics, backend):
     grad_x = torch.empty_like(correction.y, memory_format=pending.layout_of(buffer))
     grid, where, how = _launch_of(grad_x, buffer)
     with common.device_guard(buffer):
-        dense_block_leave_kernel[grid](grad, buffer, correction.b, correction.c, grad_x, *where, **how)
+        dense_block_leave_kernel[grid](grad, correction.y, correction.b, correction.c, grad_x, *where, **how)
     return grad_x
 
 

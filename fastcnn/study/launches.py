@@ -21,7 +21,7 @@ from fastcnn import backends
 # read in a pass that may write over it: counts beside what is written
 READ_APART = ("add_ptr",)
 # passed for the rare case that the pivot of a sum was far from the mean
-SELDOM_READ = {("batch_statistics_kernel", "y_ptr")}
+SELDOM_READ = {("batch_statistics_kernel", "y_ptr"), ("shared_batch_norm_kernel", "y_ptr")}
 
 
 @dataclass(frozen=True)
