@@ -32,7 +32,7 @@ WAVES = (1, 2, 3, 4)  # how often the splits of a gradient of the weight may fil
 LATENCY = 1000
 TILE_END = 500
 GATHER_INSTRUCTIONS = 10
-# Instructions for one element of a pending activation with a relu, counted in the machine code of sm_90 (silu: 20).
+# Instructions for one element of a pending activation with a relu, counted in the machine code of sm_90 (silu: 13).
 # An SM issues 128 a cycle, and a program multiplies a block only when it is transformed
 TRANSFORM_INSTRUCTIONS = 4
 START = 2e-6  # seconds from one kernel's end to the next one's first step

@@ -1,7 +1,7 @@
 """The activation family, y = f(x), elementwise over memory of any dense layout. fp32 inside (fp64 for fp64).
 
 `activate` and `activate_backward` are the formulas; other kernels call them in their epilogues.
-Comparisons are written so that NaN falls through to x: `max` in compiled Triton would drop it.
+Comparisons are written so that NaN falls through to x: `max` in compiled Triton drops it unless told otherwise.
 """
 
 import triton
@@ -15,6 +15,11 @@ def sigmoid(x):
     # exp(-x) as a power of 2: tl.exp takes three instructions more, for denormals, which are lost beside 1. Where it
     # overflows, the reciprocal is the 0 that belongs there
     return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+
+
+@triton.jit
+def zero_to_six(x):
+    return tl.clamp(x, 0.0, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -42,7 +47,7 @@ def activate(x, SLOPE: tl.constexpr, KIND: tl.constexpr):
     if KIND == "relu":
         return tl.where(x <= 0, 0.0, x)
     elif KIND == "relu6":
-        return tl.where(x <= 0, 0.0, tl.where(x >= 6, 6.0, x))
+        return zero_to_six(x)
     elif KIND == "leaky_relu":
         return tl.where(x > 0, x, x * SLOPE)
     elif KIND == "silu":
@@ -52,7 +57,7 @@ def activate(x, SLOPE: tl.constexpr, KIND: tl.constexpr):
     elif KIND == "tanh":
         return tanh(x)
     elif KIND == "hardswish":
-        return x * tl.where(x <= -3, 0.0, tl.where(x >= 3, 6.0, x + 3.0)) / 6.0
+        return x * zero_to_six(x + 3.0) / 6.0
     elif KIND == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
