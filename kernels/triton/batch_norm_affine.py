@@ -24,6 +24,8 @@ def store_affine(
     tl.store(shift_ptr + c, shift, mask=inside)
     tl.store(invstd_ptr + c, invstd, mask=inside)
     if running_mean_ptr is not None:
+        # the pivot of the sums may be this running mean: all threads have read theirs before one writes
+        tl.debug_barrier()
         # a float argument arrives in fp32: the second one holds what rounding took
         momentum = tl.zeros_like(mean) + momentum + momentum_rest
         if offset_ptr is not None:
