@@ -3,9 +3,10 @@
     y = conv1(f(batch_norm1(buffer[:, :c])))        buffer[:, c : c + k] = conv2(f(batch_norm2(y)))
 
 buffer [N, C, P, Q]: the input x's channels and k of each layer; mean, var (biased) [C] in fp32 (fp64 for fp64), which
-whoever makes a channel takes once: every batch norm that reads the buffer shares them. Nothing is concatenated, and no
-normalised tensor stored. Backward likewise: one tensor holds the buffer's gradient, to which every layer adds its own,
-and two vectors those of the statistics, which reach a channel when its maker's turn comes.
+are taken once, where a channel is made: every batch norm that reads the buffer shares them (shared_batch_norm.py).
+Nothing is concatenated, and no normalised tensor stored. Backward likewise: one tensor holds the buffer's gradient, to
+which every layer adds its own, and vectors those of the statistics, which reach a channel when its maker's turn comes.
+On a GPU what is [C] takes four launches of a layer, two either way, beside those of its convolutions.
 Saved for backward: the buffer, y of every layer, weights, vectors. Torch counterpart: none. Sources: Huang et al. 2017
 (DenseNet); Pleiss et al. 2017 (shared memory for its features).
 """
