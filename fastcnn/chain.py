@@ -374,7 +374,8 @@ def _pool(x, pool):
     backend = fused.op.route(expression.x, lambda backend: None)
     y, passed = PendingPoolFunction.apply(*expression[:6], scaled, pool, backend)
     leave(None, passed)
-    if backend != "triton":  # on a GPU reading x once more costs more than keeping what is a quarter of it
+    # on a GPU reading x once more costs more than keeping what is a quarter of it, and a pixel an image is little
+    if backend != "triton" and y.shape[2:] != (1, 1):
         pool_again.note(y, expression, pool, backend)
     return y
 

@@ -169,6 +169,33 @@ def test_batch_norm_as_vectors(shape, layout):
             assert_close_to_truth(name, ours, theirs, truth, dtype)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_means_of_images(shape, layout):
+    """The mean of every image, and its backward, are those of a pool of z."""
+    n, c, h, w = shape
+    for activation, vectors, added in (("silu", True, True), ("relu", True, False), ("none", False, True)):
+        case = Case(shape, layout, "affine, scaled" if added else "affine", activation, vectors=vectors)
+        e, grad, results = case.forward, torch.randn(n, c, 1, 1), []
+        arguments = e.x, case.add, grad, e.scale, e.shift
+        for x, add, grad_mean, scale, shift in (arguments, wide(arguments)):
+            z = pending.pending_forward(x, scale, shift, activation, 0.1, *[None] * 4, "none", "torch")
+            grad_z = (grad_mean / (h * w)).expand(shape)
+            grad_x, sums, *_ = pending.pending_backward(
+                grad_z, add, x, scale, shift, activation, 0.1, None, False, None, None, None, "none", False,
+                case.scaled, "torch",
+            )  # fmt: skip
+            results.append((z.mean((2, 3), keepdim=True), grad_x, sums))
+        how = e.scale, e.shift, activation, 0.1
+        ours = (
+            pending_cpu.image_means(e.x, *how),
+            *pending_cpu.image_means_backward(grad, case.add, e.x, *how, case.scaled),
+        )
+        assert ours[1].stride() == e.x.stride()
+        for name, our, their, true in zip(("means", "grad_x", "sums"), ours, *results, strict=True):
+            assert_close_to_truth(name, our, their, true, torch.float32)
+
+
 def test_the_number_of_threads_changes_nothing():
     results = []
     for threads in (1, 2):

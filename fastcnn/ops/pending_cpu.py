@@ -109,6 +109,36 @@ def pending_backward(
     return grad_x, sums, grad_right if join else empty, right_sums, grad_gate
 
 
+def image_means(x, scale, shift, activation, slope):
+    """[N, C, 1, 1]: the means of z over every image."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = _Pass(x)
+    means = torch.empty((*over.shape[:2], 1, 1), dtype=x.dtype, memory_format=over.layout)
+    kernels.image_means(
+        *over.where, over.image(x), over.vector(scale), over.vector(shift), KINDS.index(activation), slope,
+        means.data_ptr(),
+    )  # fmt: skip
+    return means
+
+
+def image_means_backward(grad, add, x, scale, shift, activation, slope, scaled):
+    """(grad_x, sums) of pending.pending_backward, given the gradient [N, C, 1, 1] of the means."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = _Pass(x)
+    image, vector = over.image, over.vector
+    n, c, h, w = over.shape
+    grad_x, sums = over.new(), over.vectors(0) if scale is None else over.vectors(2, c)
+    per_image = (grad / (h * w)).flatten(1)  # the same at every pixel: a gate on a gradient of one
+    kernels.backward(
+        *over.where, 0, image(add), image(x), vector(scale), vector(shift), KINDS.index(activation), slope,
+        vector(per_image), False, 0, 0, scaled and scale is not None, image(grad_x), 0,
+        sums.data_ptr(), 0, 0,
+    )  # fmt: skip
+    return grad_x, sums
+
+
 def sums(grad, tensor):
     """[2, C]: the sums of grad * tensor and of grad over everything but the channels."""
     unit = grad.new_ones(grad.shape[1])

@@ -3,7 +3,7 @@
 x, z [N, C, H, W] -> y [N, C, P, Q]. Saved for backward: x, the vectors, the gate, and of max pooling which tap of its
 window each maximum came from, a byte per output. On a GPU max pooling with strides of 1 or 2 and global pooling make z
 on load, and their backward computes the gradient of z, that of x and batch norm's sums in one pass (channels_last,
-no gate); elsewhere z and its gradient are temporaries. Second derivatives are refused.
+no gate), as global pooling does on CPU; elsewhere z and its gradient are temporaries. Second derivatives are refused.
 Torch counterpart: the same functions on z. The gradient that goes with x is the one before the scale, as in pending.py.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from fastcnn.ops import adaptive_avg_pool2d as adaptive
 from fastcnn.ops import avg_pool2d as avg
-from fastcnn.ops import common, pending, pooling
+from fastcnn.ops import common, pending, pending_cpu, pooling
 from fastcnn.ops import max_pool2d as maximum
 from fastcnn.ops.conv_batch_norm import Inputs, refuse_second_derivatives
 
@@ -138,6 +138,12 @@ def _loads(pool, x, scale, gate, backend):
     return backend == "triton" and scale is not None and gate is None and dense and pool.loads(x)
 
 
+def _is_means(pool, x, activation, gate, backend):
+    """Whether the pool is the mean of each image and CPU kernels compute it from x."""
+    whole = isinstance(pool, AdaptiveAvgPool) and list(pool.size) == [1, 1]
+    return whole and backend == "cpu" and gate is None and pending_cpu.can(x, activation)
+
+
 class PendingPoolFunction(torch.autograd.Function):
     """(y, passed): passed is x again for the next reader."""
 
@@ -145,14 +151,17 @@ class PendingPoolFunction(torch.autograd.Function):
     def forward(ctx, x, scale, shift, activation, slope, gate, scaled, pool, backend):
         fused = _loads(pool, x, scale, gate, backend)
         z = x
-        if fused:
+        means = not fused and _is_means(pool, x, activation, gate, backend)
+        if means:
+            y, taps = pending_cpu.image_means(x, scale, shift, activation, slope), None
+        elif fused:
             y, taps = pool.forward(x, backend, (scale.contiguous(), shift.contiguous(), activation, slope))
         else:
             expression = pending.Expression(x, scale, shift, activation, slope, gate)
             z = z if expression.is_plain else pending.pending_forward(*expression, backend)
             y, taps = pool.forward(z, backend)
         ctx.save_for_backward(x, scale, shift, gate, taps)
-        ctx.arguments = (activation, slope, scaled, pool, backend, fused, pooling.follows_channels_last(z))
+        ctx.arguments = (activation, slope, scaled, pool, backend, fused, means, pooling.follows_channels_last(z))
         ctx.set_materialize_grads(False)
         return y, x if ctx.needs_input_grad[0] else None
 
@@ -162,11 +171,15 @@ class PendingPoolFunction(torch.autograd.Function):
         if grad_y is None:
             return grad_passed, *[None] * 8
         x, scale, shift, gate, taps = ctx.saved_tensors
-        activation, slope, scaled, pool, backend, fused, channels_last = ctx.arguments
+        activation, slope, scaled, pool, backend, fused, means, channels_last = ctx.arguments
         if fused:
             how = activation, slope, grad_passed, scaled
             grad_x, sums = pool.launch_backward(grad_y, taps, x, scale, shift, *how)
             return grad_x, *sums.unbind(0), *[None] * 6
+        if means:
+            how = activation, slope, scaled
+            grad_x, sums = pending_cpu.image_means_backward(grad_y, grad_passed, x, scale, shift, *how)
+            return grad_x, *((None, None) if scale is None else sums.unbind(0)), *[None] * 6
         inputs = Inputs(x, scale, shift, gate, None, None, None, activation, slope, "none", False, scaled)
         dz = pool.backward(grad_y, taps, x, channels_last, backend)
         grad_x, grad_scale, grad_shift, grad_gate, *_ = inputs.grads(dz, grad_passed, ctx.needs_input_grad[5], backend)

@@ -55,6 +55,17 @@ def backward(
 
 
 @call
+def image_means(like, threads, rows, N, C, size, x, scale, shift, kind, slope, means):
+    """means [N, C] of z over the pixels of every image."""
+    set_threads(threads)
+    sums = np.zeros(N * C)
+    pending.image_sums(
+        there(x, size, like), there(scale, C, like), there(shift, C, like), kind, slope, rows, N, C, sums
+    )  # fmt: skip
+    pending.copy(sums / (size // (N * C)), there(means, N * C, like))
+
+
+@call
 def correct(like, threads, rows, N, C, size, grad, y, a, b, c, dy):
     """dy of pending.correct."""
     set_threads(threads)

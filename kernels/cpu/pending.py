@@ -204,6 +204,18 @@ def differentiate(d, u, kind, slope):
 
 
 @inline
+def gated_silu_gradient(d, u, gate, run):
+    """Add d * f(u) to the run, then d *= gate * f'(u), with one sigmoid for both."""
+    t = d.dtype.type
+    zero, one = t(0), t(1)
+    for j in range(d.size):
+        g, v = d[j], u[j]
+        s = sigmoid(v, zero, one)
+        run[j] += g * (v * s)
+        d[j] = g * gate[j] * s * (one + v * (one - s))
+
+
+@inline
 def add_right(y, right, right_scale, right_shift, relu):
     """y = out(y + right * right_scale + right_shift)."""
     zero = y.dtype.type(0)
@@ -225,9 +237,12 @@ def add_right(y, right, right_scale, right_shift, relu):
 
 @inline
 def load_gradient(grad, add, z, d):
-    """d = grad + add where z is above zero, or not there."""
-    zero = d.dtype.type(0)
-    if z.size > 0 and add.size > 0:
+    """d = grad + add where z is above zero, or not there; grad that is not there is one."""
+    zero, one = d.dtype.type(0), d.dtype.type(1)
+    if grad.size == 0:
+        for j in range(d.size):
+            d[j] = one
+    elif z.size > 0 and add.size > 0:
         for j in range(d.size):
             v = grad[j] + add[j]
             d[j] = zero if z[j] <= zero else v
@@ -327,18 +342,19 @@ def backward(
 ):  # fmt: skip
     """grad_x, which may be grad's memory; grad_right, the gradient of the sum; sums [2, C] of both, grad_gate [N * C].
 
-    Each unless empty; the sums start at zero.
+    Each unless empty; the sums start at zero. grad that is empty is one everywhere: with a gate, a gradient [N, C].
     """
     slope = x.dtype.type(slope)
     none = np.empty(0, grad.dtype)
-    length, each, tasks, strips = plan(rows, N, C, grad.size, gate.size > 0)
+    size = max(grad.size, x.size)
+    length, each, tasks, strips = plan(rows, N, C, size, gate.size > 0)
     right_at = 2 if scale.size > 0 else 0
     gate_at = right_at + (2 if has_right_scale else 0)
     count = gate_at + (1 if grad_gate.size > 0 else 0)
     partial = np.zeros((gate_at, tasks if rows else 0, C))
     partial_gate = np.zeros((tasks if rows and grad_gate.size > 0 else 0, C))
     for task in numba.prange(tasks):
-        c, channels, first, chunk, chunks, stride = share(rows, N, C, grad.size, length, each, tasks, strips, task)
+        c, channels, first, chunk, chunks, stride = share(rows, N, C, size, length, each, tasks, strips, task)
         scales, shifts = spread(scale, c, channels, rows, each, length), spread(shift, c, channels, rows, each, length)
         gates = np.zeros(length if gate.size > 0 else 0, grad.dtype)
         buffer = np.empty(length, grad.dtype)
@@ -365,14 +381,17 @@ def backward(
                         u = inner[: b - a] if inner.size > 0 else x[a:b]
                         if inner.size > 0:
                             affine(x[a:b], scales, shifts, u)
-                        if gate.size > 0:
+                        if kind == SILU and grad_gate.size > 0:
+                            gated_silu_gradient(d, u, gates, runs[gate_at])
+                        else:
                             if grad_gate.size > 0:
                                 f = grad_x[a:b]
                                 copy(u, f)
                                 activate(f, kind, slope)
                                 add_product(d, f, runs[gate_at])
-                            multiply(d, gates)
-                        differentiate(d, u, kind, slope)
+                            if gate.size > 0:
+                                multiply(d, gates)
+                            differentiate(d, u, kind, slope)
                     if scale.size > 0:
                         add_products(d, x[a:b], runs[0], runs[1])
                 if grad_x.size > 0:
@@ -401,6 +420,37 @@ def backward(
             if grad_gate.size > 0:
                 for c in range(C):
                     grad_gate[task // strips * C + c] += partial_gate[task, c]
+
+
+@jit
+def image_sums(x, scale, shift, kind, slope, rows, N, C, sums):
+    """sums [N * C], which start at zero, of z over the pixels of every image."""
+    slope = x.dtype.type(slope)
+    length, each, tasks, strips = plan(rows, N, C, x.size, True)
+    partial = np.zeros((tasks if rows else 0, C))
+    for task in numba.prange(tasks):
+        c, channels, first, chunk, chunks, stride = share(rows, N, C, x.size, length, each, tasks, strips, task)
+        scales, shifts = spread(scale, c, channels, rows, each, length), spread(shift, c, channels, rows, each, length)
+        buffer, run, total = np.empty(length, x.dtype), np.zeros(length, x.dtype), np.zeros(length)
+        for n in range(chunks):
+            full = 0
+            for a in range(first + n * stride, first + n * stride + chunk, length):
+                b = min(a + length, first + n * stride + chunk)
+                z = buffer[: b - a]
+                affine(x[a:b], scales, shifts, z)
+                activate(z, kind, slope)
+                for j in range(z.size):
+                    run[j] += z[j]
+                full += 1
+                if full % RUN == 0:
+                    flush(run, total)
+            flush(run, total)
+            fold(total, rows, each, partial[task] if rows else sums[n * C + c : n * C + c + channels])
+            total[:] = 0
+    if rows:
+        for task in range(tasks):
+            for c in range(C):
+                sums[task // strips * C + c] += partial[task, c]
 
 
 @jit
