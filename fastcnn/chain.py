@@ -207,7 +207,7 @@ def _runs_plainly(value, conv):
     )
 
 
-def conv_batch_norm(x, conv, bn, out=None):
+def conv_batch_norm(x, conv, bn, out=None, at_once=False):
     """bn(conv(x)), not yet computed.
 
     Args:
@@ -215,6 +215,7 @@ def conv_batch_norm(x, conv, bn, out=None):
         conv: torch.nn.Conv2d with zero padding. bn: torch.nn.BatchNorm2d or SyncBatchNorm of its channels. Their
             parameters, statistics and training flags are read, and updated, as their own calls would.
         out: the fastcnn.ops.concatenate.Slot where the convolution writes, or None; cat then copies nothing.
+        at_once: whether x is read now, as its memory will be written to; a Folded would read it when it is read.
 
     Returns:
         Pending (Folded in evaluation without gradients), or a tensor where the layers ran one by one.
@@ -225,7 +226,10 @@ def conv_batch_norm(x, conv, bn, out=None):
     geometry = _geometry(image, conv)
     norm, running_mean, running_var = _norm(bn, image, conv.weight.shape[0], geometry.size)
     if not norm.training and not torch.is_grad_enabled():
-        return _folded(x, conv, bn, norm, geometry)
+        folded = _folded(x, conv, bn, norm, geometry)
+        if at_once:
+            materialize(folded)
+        return folded
     y, scale, shift = _read(x, conv, geometry, bn.weight, bn.bias, running_mean, running_var, norm, out)
     return Pending(y, scale, shift)
 

@@ -76,6 +76,13 @@ def input_of_a_norm_written_later(self, x):
     return v + h
 
 
+def input_of_a_convolution_written_later(self, x):
+    h = x * 1
+    y = F.relu(self.a(h))
+    h.mul_(3)
+    return y + F.relu(torch.cat([self.b(h), self.b(y)], 1)[:, ::2]) + h
+
+
 def added_to_what_is_read_again(self, x):
     h = self.plain(x)
     g = h
@@ -162,7 +169,7 @@ def output_is_a_value_twice(self, x):
 PATTERNS = [
     written_and_read_again, written_and_read_by_a_convolution, written_through_a_view, written_through_an_identity,
     captured_and_written_later, captured_value_written_later, input_of_a_norm_written_later,
-    added_to_what_is_read_again, added_to_the_argument,
+    input_of_a_convolution_written_later, added_to_what_is_read_again, added_to_the_argument,
     changed_by_an_unknown_step, an_activation_we_lack_in_place, input_written_between, one_half_written, item_set,
     one_layer_twice, functions_and_methods, pools_and_sizes, gates, broadcast_sums, concatenations,
     output_is_a_value_twice,

@@ -122,7 +122,7 @@ def assign_slots(rewriter):
         offset = 0
         for (conv, _), width in zip(parts, channels, strict=True):
             with rewriter.graph.inserting_before(conv):
-                conv.kwargs = {"out": rewriter.graph.call_function(Buffer.slot, (buffer, offset))}
+                conv.kwargs = conv.kwargs | {"out": rewriter.graph.call_function(Buffer.slot, (buffer, offset))}
             offset += width
 
 

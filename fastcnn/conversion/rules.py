@@ -269,7 +269,10 @@ class Rewriter:
         if node in self.paired:
             conv = self.paired[node]
             x = self.current(conv.args[0])
+            written = x not in self.values and self.aliases.written_after(node, x)
             self.become(node, chain.conv_batch_norm, x, self.get_module(node, conv.target), module, activated=False)
+            if written:
+                node.kwargs = {"at_once": True}
             self.fates.append(Fate(name, True, f"with {conv.target}"))
         else:
             self.become(node, chain.batch_norm, node.args[0], module, activated=False)
