@@ -122,6 +122,16 @@ def one_half_written(self, x):
     return torch.cat([right, left, y], 1)
 
 
+def written_through_a_view_while_a_sum_waits(self, x):
+    y = F.relu(self.a(x) + x)
+    z = F.relu(self.b(y))
+    s = z + y
+    y[:, :1].mul_(2)
+    t = F.relu(self.b(z))
+    z[:, :1].mul_(3)
+    return F.relu(s) + t
+
+
 def item_set(self, x):
     y = self.a(x)
     y[:, 0] = 0
@@ -171,6 +181,7 @@ PATTERNS = [
     captured_and_written_later, captured_value_written_later, input_of_a_norm_written_later,
     input_of_a_convolution_written_later, added_to_what_is_read_again, added_to_the_argument,
     changed_by_an_unknown_step, an_activation_we_lack_in_place, input_written_between, one_half_written, item_set,
+    written_through_a_view_while_a_sum_waits,
     one_layer_twice, functions_and_methods, pools_and_sizes, gates, broadcast_sums, concatenations,
     output_is_a_value_twice,
 ]  # fmt: skip

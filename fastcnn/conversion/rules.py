@@ -103,7 +103,9 @@ class Rewriter:
 
     def use_tensors(self, node):
         for value in [n for n in node.all_input_nodes if n in self.values]:
-            shared = self.aliases.may_write(node, value) and self.aliases.read_before(node, value)
+            # earlier readers that wait hold the memory that is written, here or later through a view
+            written = self.aliases.may_write(node, value) or self.aliases.written_after(node, value)
+            shared = written and self.aliases.read_before(node, value)
             with self.graph.inserting_before(node):
                 tensor = self.graph.call_function(own_tensor if shared else chain.materialize, (value,))
             self.aliases.add(tensor, value)
