@@ -11,16 +11,21 @@ from fastcnn.kernels.triton.common import accumulator
 
 
 @triton.jit
+def one_over_sigmoid(x):
+    # 1 + exp(-x), by a power of 2: tl.exp takes three instructions more, for denormals, which are lost beside 1. Where
+    # it overflows, the reciprocal is the 0 that belongs there
+    return 1.0 + tl.exp2(x * -1.4426950408889634)
+
+
+@triton.jit
 def sigmoid(x):
-    # exp(-x) as a power of 2: tl.exp takes three instructions more, for denormals, which are lost beside 1. Where it
-    # overflows, the reciprocal is the 0 that belongs there
-    return 1.0 / (1.0 + tl.exp2(x * -1.4426950408889634))
+    return 1.0 / one_over_sigmoid(x)
 
 
 @triton.jit
 def sigmoid_factor(x):
     """sigmoid in half the instructions and fewer registers, to multiply with: it may be above 1 by a rounding."""
-    r = tl.rsqrt(1.0 + tl.exp2(x * -1.4426950408889634))
+    r = tl.rsqrt(one_over_sigmoid(x))
     return r * r
 
 
@@ -58,7 +63,7 @@ def activate(x, SLOPE: tl.constexpr, KIND: tl.constexpr):
     elif KIND == "leaky_relu":
         return tl.where(x > 0, x, x * SLOPE)
     elif KIND == "silu":
-        return x * sigmoid_factor(x)
+        return x / one_over_sigmoid(x)
     elif KIND == "sigmoid":
         return sigmoid(x)
     elif KIND == "tanh":
@@ -69,7 +74,7 @@ def activate(x, SLOPE: tl.constexpr, KIND: tl.constexpr):
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
         tl.static_assert(KIND == "gelu_tanh")
-        return x * sigmoid(gelu_tanh_inner(x))
+        return x / one_over_sigmoid(gelu_tanh_inner(x))
 
 
 @triton.jit

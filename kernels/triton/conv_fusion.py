@@ -8,7 +8,7 @@ and of a join. The formulas work on fp32 (fp64 for fp64).
 import triton
 import triton.language as tl
 
-from fastcnn.kernels.triton.activation import activate, activate_backward
+from fastcnn.kernels.triton.activation import activate, activate_backward, sigmoid_factor
 
 
 @triton.jit
@@ -22,6 +22,9 @@ def pending_activation(
     elif ACTIVATION == "relu" and MAXIMUM:
         # one instruction or, with the rounding to 16 bits, none; gathering fp32, Triton 3.6 spills with it
         return tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "silu":
+        # a quotient takes more registers, and spills
+        return u * sigmoid_factor(u)
     else:
         return activate(u, SLOPE, ACTIVATION)
 
