@@ -44,7 +44,7 @@ class PendingBatchNormFunction(torch.autograd.Function):
             return grad_passed, *[None] * 6
         x, weight, mean, invstd = ctx.saved_tensors
         norm, rows, backend = ctx.arguments
-        if pending_cpu.can_go_back(x, norm, backend):
+        if ctx.needs_input_grad[0] and pending_cpu.can_go_back(x, norm, backend):
             grad_x, grad_weight, grad_bias = pending_cpu.normalised_backward(
                 grad_raw, x, mean, invstd, weight, grad_scale, grad_shift
             )
