@@ -149,7 +149,9 @@ def test_explain_and_env(run, capsys):
 
 def command(*argv, **kwargs):
     argv = [sys.executable, "-m", "fastcnn", *map(str, argv)]
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    # in the background of a script the tests may have been told to ignore Ctrl-C, and their children with them
+    heeds = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heeds, **kwargs)
 
 
 def test_as_a_process(tmp_path):
