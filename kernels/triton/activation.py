@@ -87,8 +87,12 @@ def activate_backward(dy, saved, SLOPE: tl.constexpr, KIND: tl.constexpr):
     elif KIND == "leaky_relu":
         return tl.where(saved > 0, dy, dy * SLOPE)
     elif KIND == "silu":
-        s = sigmoid_factor(saved)
-        return dy * s * (1.0 + saved * (1.0 - s))
+        e = tl.exp2(saved * -1.4426950408889634)
+        r = tl.rsqrt(1.0 + e)
+        s = r * r
+        # 1 - s, which near s = 1 would be rounding and no more
+        rest = tl.where(saved > 0, e * s, 1.0 - s)
+        return dy * s * (1.0 + saved * rest)
     elif KIND == "sigmoid":
         return dy * saved * (1.0 - saved)
     elif KIND == "tanh":
