@@ -14,7 +14,7 @@ import sys
 import torch
 
 from fastcnn.names import check_name
-from fastcnn.ops import chips, conv2d, conv2d_vendor, conv_launch, launch_cache
+from fastcnn.ops import chips, conv2d, conv2d_vendor, conv_launch, conv_layout, launch_cache
 from fastcnn.ops.conv_launch import CUDNN
 from fastcnn.ops.conv_prediction import predict, ranked, roofline
 from fastcnn.ops.conv_problem import KINDS, Launch, Problem
@@ -166,7 +166,7 @@ def run(task, tensors):
 def _reference(task, tensors):
     """The same by PyTorch, in the dtype of the tensors."""
     image, weight, output = tensors
-    function = lambda image, weight: conv2d.padded_reference(
+    function = lambda image, weight: conv_layout.padded_reference(
         image, weight, None, task.layer.output[2:], *task.layer.geometry
     )
     if task.problem.kind == "forward":

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 import fastcnn.functional as fF
 from fastcnn.ops import conv2d as conv2d_ops
-from fastcnn.ops import conv2d_stem, conv_launch
+from fastcnn.ops import conv2d_stem, conv_launch, conv_layout
 from fastcnn.ops.chips import chip
 from fastcnn.ops.conv_launch import KINDS, Launch, Problem
 from fastcnn.ops.conv_prediction import _tiles_and_steps, why_not
@@ -185,7 +185,7 @@ def plan(case, device):
     assume(any(chosen[kind] == case.launches[kind] for kind in KINDS))
     if case.family in TMA:
         # torch takes 1x1 images with 1x1 filters for contiguous ones
-        assume(any(map(conv2d_ops.suggests_channels_last, tensors_of(case, device)[:2])))
+        assume(any(map(conv_layout.suggests_channels_last, tensors_of(case, device)[:2])))
     return chosen
 
 
@@ -384,7 +384,7 @@ def check_refusal(device, case, data):
         | launches("folded", "forward")
         | st.sampled_from(NEVER_RIGHT)
     )
-    assume((case.family in TMA) == conv2d_ops.suggests_channels_last(x))
+    assume((case.family in TMA) == conv_layout.suggests_channels_last(x))
     reason = why_not(problem, launch, chip(device))
     assume(reason is not None)
     with conv_launch.use(launch), pytest.raises(ValueError, match=re.escape(reason)):

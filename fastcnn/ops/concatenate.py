@@ -7,7 +7,7 @@ its place is copied there. Saved for backward: nothing. Torch counterpart: torch
 
 import torch
 
-from fastcnn.ops import conv2d
+from fastcnn.ops import conv_layout
 
 
 class Buffer:
@@ -45,7 +45,7 @@ class Slot:
 
     def filled(self, tensor):
         """The tensor, in this part of the buffer where it fits."""
-        slot = self.tensor(tensor, tensor.shape[1], tensor.shape[2:], conv2d.suggests_channels_last(tensor))
+        slot = self.tensor(tensor, tensor.shape[1], tensor.shape[2:], conv_layout.suggests_channels_last(tensor))
         return tensor if slot is None else slot.copy_(tensor)
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from fastcnn.backends import Op, current_backend, is_strict
 from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_stem, conv2d_vendor, conv_launch
 from fastcnn.ops.conv_fusion import Join, Pending
+from fastcnn.ops.conv_layout import empty_grad_weight, empty_image, output_of, padded_reference, suggests_channels_last
 from fastcnn.ops.conv_sums import accumulator_dtype, sum_parts
 
 CPU_WHY = (
@@ -38,48 +39,6 @@ def _why_not(backend, input, weight):
     if weight.shape[1] == 0:
         return "the convolution kernels need at least one input channel"
     return None
-
-
-def suggests_channels_last(tensor):
-    """Whether torch reads these strides as channels_last, also where sizes of one leave it open.
-
-    Strides must not fall from C over W and H to N; those that a contiguous tensor has, too, do not count.
-    """
-    strides, sizes = tensor.stride(), tensor.shape
-    if strides[1] == 0:
-        return False
-    least = 0
-    for d in (1, 3, 2, 0):
-        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return False
-        least = strides[d] * max(sizes[d], 1)
-    return True
-
-
-def _empty_image(like, channels, size, channels_last):
-    """An output of like's batch, in the layout torch gives it."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    shape = (like.shape[0], channels, *size)
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def _empty_grad_weight(weight):
-    """The parameter's own strides, so that the optimizer reads both alike; contiguous where its elements lie apart."""
-    if common.is_dense(weight):
-        return torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-
-
-def _output(out, like, channels, size, channels_last):
-    """Where a result goes: out, or a new image."""
-    if out is None:
-        return _empty_image(like, channels, size, channels_last)
-    common.check_tensor("out", out)
-    common.check_alike("out", out, "the convolution's tensors", like)
-    shape = (like.shape[0], channels, *size)
-    if tuple(out.shape) != shape:
-        raise ValueError(f"out must have the shape of the result, {shape}, got {tuple(out.shape)}")
-    return out
 
 
 def is_packed(tensor, gaps=True):
@@ -214,7 +173,7 @@ def conv2d_forward(
     Raises:
         TypeError, ValueError: out is not of y's shape, dtype and device.
     """
-    y = _output(out, input, weight.shape[0], size, channels_last)
+    y = output_of(out, input, weight.shape[0], size, channels_last)
     if y.numel() == 0:
         return y if pivot is None else (y, torch.zeros((1, 2, y.shape[1]), dtype=pivot.dtype, device=y.device))
     geometry = stride, padding, dilation, groups
@@ -280,7 +239,7 @@ def conv2d_backward_input(
     """
     if pending is not None and join is not None:
         raise ValueError("join must be None where pending is given: a convolution's input is one of them")
-    grad_input = _output(out, grad_output, weight.shape[1] * groups, size, channels_last)
+    grad_input = output_of(out, grad_output, weight.shape[1] * groups, size, channels_last)
     summed = pending is not None or join is not None
     if grad_input.numel() == 0:
         dtype = accumulator_dtype(grad_input.dtype)
@@ -338,7 +297,7 @@ def conv2d_backward_weight(
 
     correction and pending as in conv2d_backward_input, both applied on load.
     """
-    grad_weight = _empty_grad_weight(weight)
+    grad_weight = empty_grad_weight(weight)
     if grad_output.numel() == 0:
         return grad_weight.zero_()
     geometry = stride, padding, dilation, groups
@@ -375,7 +334,7 @@ def should_materialize(input, weight, size, stride, padding, dilation, groups, c
     """
     geometry = stride, padding, dilation, groups
     precision = precision_of(input, tf32_switch)
-    y = _empty_image(input.to("meta"), weight.shape[0], size, channels_last)
+    y = empty_image(input.to("meta"), weight.shape[0], size, channels_last)
     if y.numel() == 0:
         return False
     problem = problem_of("forward", input, weight, y, geometry, precision)
@@ -394,7 +353,7 @@ forward_op = common.register(
     f"conv2d(Tensor input, Tensor weight, Tensor? bias, SymInt[] size, {_geometry}, bool channels_last,"
     " str tf32_switch, str backend) -> Tensor",
     conv2d_forward,
-    lambda input, weight, bias, size, stride, padding, dilation, groups, channels_last, *_: _empty_image(
+    lambda input, weight, bias, size, stride, padding, dilation, groups, channels_last, *_: empty_image(
         input, weight.shape[0], size, channels_last
     ),
 )
@@ -402,7 +361,7 @@ backward_input_op = common.register(
     f"conv2d_backward_input(Tensor grad_output, Tensor weight, Tensor? bias, SymInt[] size, {_geometry},"
     " bool channels_last, str tf32_switch, str backend) -> Tensor",
     conv2d_backward_input,
-    lambda grad_output, weight, bias, size, stride, padding, dilation, groups, channels_last, *_: _empty_image(
+    lambda grad_output, weight, bias, size, stride, padding, dilation, groups, channels_last, *_: empty_image(
         grad_output, weight.shape[1] * groups, size, channels_last
     ),
 )
@@ -410,7 +369,7 @@ backward_weight_op = common.register(
     f"conv2d_backward_weight(Tensor grad_output, Tensor input, Tensor weight, {_geometry}, str tf32_switch,"
     " str backend) -> Tensor",
     conv2d_backward_weight,
-    lambda grad_output, input, weight, *_: _empty_grad_weight(weight),
+    lambda grad_output, input, weight, *_: empty_grad_weight(weight),
 )
 backward_bias_op = common.register(
     "conv2d_backward_bias(Tensor grad_output, str backend) -> Tensor",
@@ -449,16 +408,6 @@ class Conv2dFunction(torch.autograd.Function):
         if needs_bias:
             grad_bias = backward_bias_op(grad_output, ctx.switches[-1])
         return grad_input, grad_weight, grad_bias, *unused
-
-
-def padded_reference(input, weight, bias, size, stride, padding, dilation, groups):
-    """conv2d_reference for the host functions' geometry. Negative padding at the far side crops what no tap reads."""
-    far = [
-        (size[d] - 1) * stride[d] + dilation[d] * (weight.shape[2 + d] - 1) + 1 - input.shape[2 + d] - padding[d]
-        for d in (0, 1)
-    ]
-    padded = F.pad(input, (padding[1], far[1], padding[0], far[0]))
-    return conv2d_reference(padded, weight, bias, stride, 0, dilation, groups)
 
 
 def among_vendors(backend, input):

@@ -23,7 +23,16 @@ import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_statistics, conv2d, conv2d_backward, conv2d_join, conv_sums, pending, pending_cpu
+from fastcnn.ops import (
+    batch_statistics,
+    conv2d,
+    conv2d_backward,
+    conv2d_join,
+    conv_layout,
+    conv_sums,
+    pending,
+    pending_cpu,
+)
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, Join, Pending
 
@@ -62,7 +71,7 @@ def _loads(e, weight, geometry, backend):
     """Whether the convolution's kernels make z while they load x: they can, and that is predicted to be faster."""
     if backend != "triton" or e.scale is None or e.gate is not None or e.is_join:
         return False
-    channels_last = conv2d.suggests_channels_last(e.x) or conv2d.suggests_channels_last(weight)
+    channels_last = conv_layout.suggests_channels_last(e.x) or conv_layout.suggests_channels_last(weight)
     return not conv2d.should_materialize(e.x, weight, *geometry, channels_last, "conv")
 
 
@@ -78,7 +87,7 @@ def _convolve(z, weight, bias, geometry, backend, join=None, **fused):
         return F.conv2d(z, weight, bias, *geometry[1:])
     if join is not None:
         return conv2d_join.conv2d_join(join, weight, z, **fused)
-    channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
+    channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
     among = conv2d.among_vendors(backend, z)
     return conv2d.conv2d_forward(z, weight, bias, *geometry, channels_last, "conv", among, **fused)
 
@@ -143,7 +152,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         else:
             z = x if e.is_plain else pending.pending_forward(*e, backend)
         if slot is not None and backend == "triton":
-            channels_last = conv2d.suggests_channels_last(z) or conv2d.suggests_channels_last(weight)
+            channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
             fused["out"] = slot.tensor(z, weight.shape[0], geometry.size, channels_last)
         batch = norm is not None and norm.training
         vectors, mean, invstd, rows = (None, None), None, None, 1
@@ -174,7 +183,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
             ctx.ahead = bn.Ahead(mean, invstd, gamma, rows, norm.training)
         ctx.where = (geometry, norm, rows, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.image = (x.shape[2:], conv2d.suggests_channels_last(z))
+        ctx.image = (x.shape[2:], conv_layout.suggests_channels_last(z))
         ctx.set_materialize_grads(False)
         passed = x if ctx.needs_input_grad[0] and not e.is_join else None
         return y, *vectors, z if e.is_join else None, passed

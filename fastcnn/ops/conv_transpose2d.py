@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.backends import Op
-from fastcnn.ops import common, conv2d
+from fastcnn.ops import common, conv2d, conv_layout
 
 _op = Op("conv_transpose2d", cpu_kernel=False, cpu_auto=False, why=conv2d.CPU_WHY)
 
@@ -36,7 +36,7 @@ class ConvTranspose2dFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias)
         ctx.geometry = (stride, padding, dilation, groups)
         ctx.output_padding = output_padding
-        ctx.channels_last = conv2d.suggests_channels_last(input) or conv2d.suggests_channels_last(weight)
+        ctx.channels_last = conv_layout.suggests_channels_last(input) or conv_layout.suggests_channels_last(weight)
         ctx.switches = ("conv", backend)
         return conv2d.backward_input_op(input, weight, bias, size, *ctx.geometry, ctx.channels_last, *ctx.switches)
 

@@ -18,7 +18,16 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.ops import batch_norm_affine as bn
-from fastcnn.ops import batch_norm_passes, batch_statistics, common, conv2d, conv2d_backward, pending, pending_cpu
+from fastcnn.ops import (
+    batch_norm_passes,
+    batch_statistics,
+    common,
+    conv2d,
+    conv2d_backward,
+    conv_layout,
+    pending,
+    pending_cpu,
+)
 from fastcnn.ops.batch_norm_passes import View
 from fastcnn.ops.conv_batch_norm import Convolution, Norm, check_rows, constant_statistics, refuse_second_derivatives
 from fastcnn.ops.conv_fusion import Correction, Pending
@@ -45,7 +54,7 @@ def _triples(parameters, layer):
 def _convolve(x, loaded, weight, geometry, backend, pivot=None, out=None):
     """(conv(z), its sums about a pivot [K], if given, or None) of z = loaded(x); out gets conv(z), too."""
     if backend == "triton":
-        channels_last = conv2d.suggests_channels_last(x) or conv2d.suggests_channels_last(weight)
+        channels_last = conv_layout.suggests_channels_last(x) or conv_layout.suggests_channels_last(weight)
         among = conv2d.among_vendors(backend, x)
         y = conv2d.conv2d_forward(
             x, weight, None, *geometry, channels_last, "conv", among, pending=loaded, pivot=pivot, out=out
@@ -71,7 +80,7 @@ def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_wei
             grad_x, grad_weight, parts = conv2d_backward.conv2d_backward(grad_y, x, weight, in_parts=True, **fused)
             return grad_x, *parts.unbind(1), grad_weight
         among = conv2d.among_vendors(backend, grad_y)
-        channels_last = conv2d.suggests_channels_last(x) or conv2d.suggests_channels_last(weight)
+        channels_last = conv_layout.suggests_channels_last(x) or conv_layout.suggests_channels_last(weight)
         grad_x, parts = conv2d.conv2d_backward_input(
             grad_y, weight, None, x.shape[2:], *geometry[1:], channels_last, "conv", among,
             input=x, in_parts=True, **fused,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.backends import Op, current_backend
-from fastcnn.ops import common, dropout
+from fastcnn.ops import common, conv_layout, dropout
 from fastcnn.ops import conv2d as conv
 from fastcnn.ops import linear as lin
 
@@ -95,7 +95,7 @@ class DropConnectFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, bias, seed)
         ctx.p = p
         ctx.size, ctx.geometry = size, (stride, padding, dilation, groups)
-        ctx.channels_last = conv.suggests_channels_last(input) or conv.suggests_channels_last(weight)
+        ctx.channels_last = conv_layout.suggests_channels_last(input) or conv_layout.suggests_channels_last(weight)
         ctx.switches = (tf32_switch, backend)
         weight = _dropped(weight, seed, p, backend)
         return _multiply(input, weight, bias, size, ctx.geometry, ctx.channels_last, ctx.switches)
@@ -107,7 +107,7 @@ class DropConnectFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             factors = _dropped(torch.ones_like(weight), seed, ctx.p, ctx.switches[-1])
             grads = common.differentiable_grads(
-                lambda x, w, b: conv.padded_reference(x, w * factors, b, ctx.size, *ctx.geometry),
+                lambda x, w, b: conv_layout.padded_reference(x, w * factors, b, ctx.size, *ctx.geometry),
                 (input, weight, bias), grad_output, needs,
             )  # fmt: skip
             return *grads, *[None] * 9

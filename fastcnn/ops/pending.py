@@ -20,7 +20,7 @@ import torch
 
 from fastcnn.ops import batch_norm_passes, common, pending_cpu
 from fastcnn.ops.activation import activation_reference
-from fastcnn.ops.conv2d import suggests_channels_last
+from fastcnn.ops.conv_layout import suggests_channels_last
 
 SUM_PARTS = 256  # partial sums that one program adds at a time
 SUM_COLUMNS = 8

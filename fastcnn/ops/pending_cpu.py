@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastcnn.ops import common, huge_pages
-from fastcnn.ops.conv2d import suggests_channels_last
+from fastcnn.ops.conv_layout import suggests_channels_last
 
 EMPTY = {torch.float32: np.empty(0, np.float32), torch.float64: np.empty(0)}  # what tells kernels the dtype
 KINDS = ("none", "relu", "relu6", "leaky_relu", "sigmoid", "silu", "hardswish")  # as the kernels number them
