@@ -61,6 +61,32 @@ class Correction(NamedTuple):
         return corrected if self.y is None else corrected + (b * self.y.to(grad_output.dtype) + c)
 
 
+class Gated(NamedTuple):
+    """du = (grad_output * gate + add) * act'(u), u = y * scale + shift, applied while grad_output is loaded.
+
+    It is how backward goes through z = act(u) * gate, whose gradient grad_output is, and through the mean of act(u) over
+    every image, which squeeze-excite makes gates of: add is that mean's gradient over P * Q. y is Correction.y.
+    gate, add [N, K]; scale, shift [K]; all fp32 (fp64 with fp64 tensors). activation, slope as of Pending.
+    """
+
+    gate: torch.Tensor
+    add: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    activation: str = "none"
+    slope: float = 0.0
+
+    def reference(self, grad_output, y):
+        """The same in plain PyTorch, in the dtype of grad_output."""
+        wide = lambda t: t.to(grad_output.dtype)
+        with torch.enable_grad():
+            u = wide(y) * wide(self.scale).view(1, -1, 1, 1) + wide(self.shift).view(1, -1, 1, 1)
+            u = u.detach().requires_grad_()
+            f = u * 1 if self.activation == "none" else activation_reference(u, self.activation, self.slope)
+            grad = grad_output * wide(self.gate)[:, :, None, None] + wide(self.add)[:, :, None, None]
+            return torch.autograd.grad(f, u, grad)[0]
+
+
 class Join(NamedTuple):
     """output = act(left + right), a residual join, whose gradient dgrad stores in place of its own: it is both sides'.
 
