@@ -21,7 +21,7 @@ def backward(
     wide = lambda t: None if t is None else t.to(dtype)
     g = wide(grad_output)
     if gated is not None:
-        g = gated.reference(g, correction.y)
+        g = gated.reference(g)
     if correction is not None:
         g = correction.reference(g)
     w = wide(weight).detach().requires_grad_()

@@ -65,10 +65,12 @@ class Gated(NamedTuple):
     """du = (grad_output * gate + add) * act'(u), u = y * scale + shift, applied while grad_output is loaded.
 
     It is how backward goes through z = act(u) * gate, whose gradient grad_output is, and through the mean of act(u) over
-    every image, which squeeze-excite makes gates of: add is that mean's gradient over P * Q. y is Correction.y.
-    gate, add [N, K]; scale, shift [K]; all fp32 (fp64 with fp64 tensors). activation, slope as of Pending.
+    each image, of which squeeze-excite makes the gate: add is that mean's gradient over P * Q.
+    y [N, K, P, Q]: the convolution's output, the very tensor of a Correction that follows, if that has one. gate, add
+    [N, K], scale, shift [K]: fp32 (fp64 with fp64 tensors). activation, slope: as of Pending.
     """
 
+    y: torch.Tensor
     gate: torch.Tensor
     add: torch.Tensor
     scale: torch.Tensor
@@ -76,11 +78,11 @@ class Gated(NamedTuple):
     activation: str = "none"
     slope: float = 0.0
 
-    def reference(self, grad_output, y):
+    def reference(self, grad_output):
         """The same in plain PyTorch, in the dtype of grad_output."""
         wide = lambda t: t.to(grad_output.dtype)
         with torch.enable_grad():
-            u = wide(y) * wide(self.scale).view(1, -1, 1, 1) + wide(self.shift).view(1, -1, 1, 1)
+            u = wide(self.y) * wide(self.scale).view(1, -1, 1, 1) + wide(self.shift).view(1, -1, 1, 1)
             u = u.detach().requires_grad_()
             f = u * 1 if self.activation == "none" else activation_reference(u, self.activation, self.slope)
             grad = grad_output * wide(self.gate)[:, :, None, None] + wide(self.add)[:, :, None, None]

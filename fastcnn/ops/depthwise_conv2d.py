@@ -2,13 +2,13 @@
 
 h = p * stride - padding + r * dilation, w = q * stride - padding + s * dilation, and x = 0 outside the image.
 
-x [N, C, H, W], w [K, 1, R, S], y [N, K, P, Q]; M = K / C filters per channel; any strides. There is no sum over channels: a
-memory copy with R * S multiply-adds per element, on vector units. Saved for backward: x and w. Torch counterpart:
-torch.nn.functional.conv2d with groups = C, which is how it is called: `conv2d` comes here by itself. Source: Sifre and
-Mallat 2014; Howard et al. 2017 (MobileNets).
+x [N, C, H, W], w [K, 1, R, S], y [N, K, P, Q]; M = K / C filters per channel; any strides. There is no sum over
+channels: a memory copy with R * S multiply-adds per element, on vector units. Saved for backward: x and w. Torch
+counterpart: torch.nn.functional.conv2d with groups = C, which is how it is called: `conv2d` comes here by itself.
+Source: Sifre and Mallat 2014; Howard et al. 2017 (MobileNets).
 
-The host functions of both backends (depthwise_conv2d_launch, depthwise_conv2d_cpu) take what the fused chain needs, too.
-As in conv2d, padding is (top, left).
+The host functions of both backends (depthwise_conv2d_launch, depthwise_conv2d_cpu) take what the fused chain needs,
+too. As in conv2d, padding is (top, left).
 """
 
 from typing import NamedTuple
