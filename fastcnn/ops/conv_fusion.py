@@ -64,8 +64,8 @@ class Correction(NamedTuple):
 class Gated(NamedTuple):
     """du = (grad_output * gate + add) * act'(u), u = y * scale + shift, applied while grad_output is loaded.
 
-    It is how backward goes through z = act(u) * gate, whose gradient grad_output is, and through the mean of act(u) over
-    each image, of which squeeze-excite makes the gate: add is that mean's gradient over P * Q.
+    It is how backward goes through z = act(u) * gate, whose gradient grad_output is, and through the mean of act(u)
+    over each image, of which squeeze-excite makes the gate: add is that mean's gradient over P * Q.
     y [N, K, P, Q]: the convolution's output, the very tensor of a Correction that follows, if that has one. gate, add
     [N, K], scale, shift [K]: fp32 (fp64 with fp64 tensors). activation, slope: as of Pending.
     """
