@@ -253,7 +253,7 @@ def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_v
     with _without_autocast(e.x):
         y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
             e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
-            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot,
+            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot, 1,
             *pool_again.recipe_of(e.x),
         )  # fmt: skip
     leave(z, passed)
@@ -339,6 +339,26 @@ def multiply(a, b):
         if factor.dtype == value.raw.dtype and factor.shape in ((n, c, 1, 1), (n, 1, 1, 1)):
             return value.now_with(gate=factor.flatten(1))
     return materialize(value) * factor
+
+
+def squeeze_excite(x, fc1, fc2, activation="relu", gate_activation="sigmoid"):
+    """x times a gate per image and channel, made of the means of x: gate = g(fc2(f(fc1(mean of x)))).
+
+    Args:
+        x: tensor [N, C, H, W] or value.
+        fc1, fc2: torch.nn.Conv2d with 1x1 filters, or torch.nn.Linear: C channels to few, and back to C.
+        activation, gate_activation: f and g, names in KINDS or "hardsigmoid".
+
+    Returns:
+        Pending with a gate, or a tensor where x is none.
+    """
+    for name, kind in (("activation", activation), ("gate_activation", gate_activation)):
+        if kind not in (*KINDS, "hardsigmoid"):
+            raise ValueError(f"{name} must be one of {', '.join(KINDS)} or hardsigmoid, got {kind!r}")
+    n, c = likeness(x).shape[:2]
+    hidden = activation_reference(fc1(mean(x, keepdim=isinstance(fc1, nn.Conv2d))), activation)
+    gate = activation_reference(fc2(hidden), gate_activation)
+    return multiply(x, gate.view(n, c, 1, 1))
 
 
 def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):
