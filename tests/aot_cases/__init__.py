@@ -9,6 +9,7 @@ from aot_cases.chain import batch_norm_vectors, dense_block_passes, pending_acti
 from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_transpose2d, linear
 from aot_cases.convolution_backward import conv2d_backward
 from aot_cases.convolution_join import conv2d_join
+from aot_cases.depthwise import depthwise_conv2d
 from aot_cases.losses import cross_entropy, elementwise_loss, multi_margin_loss
 from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
@@ -42,6 +43,7 @@ CASES = {
         cross_entropy,
         decorrelated_batch_norm,
         dense_block_passes,
+        depthwise_conv2d,
         dropout,
         elementwise_loss,
         feature_dropout,
