@@ -5,7 +5,8 @@
 Neither z nor the normalised y is stored, except that a join's z is, which later layers read, too. On a GPU the kernels
 make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
 activation and batch norm's sums before it stores, and who adds these up also runs the backward of that batch norm
-(batch_norm_affine.Ahead). Elsewhere, and with a gate, z is a temporary, made again in backward.
+(batch_norm_affine.Ahead). So do the kernels of depthwise convolution, on CPU, too. Elsewhere z is a temporary, made
+again in backward.
 
 Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
 back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
@@ -30,6 +31,7 @@ from fastcnn.ops import (
     conv2d_join,
     conv_layout,
     conv_sums,
+    depthwise_conv2d,
     pending,
     pending_cpu,
 )
@@ -67,9 +69,20 @@ class Norm(NamedTuple):
     batches: torch.Tensor | None = None
 
 
+def is_depthwise(x, weight, geometry, backend):
+    """Whether the kernels of depthwise convolution run this one."""
+    if backend == "torch" or not depthwise_conv2d.is_depthwise(weight, geometry.groups):
+        return False
+    return depthwise_conv2d.why_not(backend, x, weight) is None
+
+
 def _loads(e, weight, geometry, backend):
     """Whether the convolution's kernels make z while they load x: they can, and that is predicted to be faster."""
-    if backend != "triton" or e.scale is None or e.gate is not None or e.is_join:
+    if e.scale is None or e.gate is not None or e.is_join:
+        return False
+    if is_depthwise(e.x, weight, geometry, backend):
+        return backend == "triton" or pending_cpu.can(e.x, e.activation)
+    if backend != "triton":
         return False
     channels_last = conv_layout.suggests_channels_last(e.x) or conv_layout.suggests_channels_last(weight)
     return not conv2d.should_materialize(e.x, weight, *geometry, channels_last, "conv")
@@ -82,12 +95,14 @@ def _joins(e, weight, geometry, backend):
 
 
 def _convolve(z, weight, bias, geometry, backend, join=None, **fused):
-    """y, or (y, sums) with a pivot, of the kernels; on CPU oneDNN through PyTorch. join: what z is, to be written."""
+    """What the kernels return; without ours oneDNN, through PyTorch. join: what z is, to be written."""
+    channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
+    if is_depthwise(z, weight, geometry, backend):
+        return depthwise_conv2d.depthwise_forward(z, weight, bias, *geometry[:4], channels_last, backend, **fused)
     if backend != "triton":
         return F.conv2d(z, weight, bias, *geometry[1:])
     if join is not None:
         return conv2d_join.conv2d_join(join, weight, z, **fused)
-    channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
     among = conv2d.among_vendors(backend, z)
     return conv2d.conv2d_forward(z, weight, bias, *geometry, channels_last, "conv", among, **fused)
 
@@ -117,17 +132,22 @@ def _normalised(z, weight, geometry, gamma, beta, running, norm, backend, fused)
         dtype = pending.vector_dtype(z)
         pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running.mean is None else running.mean.to(dtype)
         y, sums = _convolve(z, weight, None, geometry, backend, pivot=pivot, **fused)
+    elif is_depthwise(z, weight, geometry, backend):
+        y, mean, var = _convolve(z, weight, None, geometry, backend, statistics=True, **fused)
     else:
-        y = _convolve(z, weight, None, geometry, backend)
+        y, mean = _convolve(z, weight, None, geometry, backend), None
     rows = y.numel() // y.shape[1]
     if norm.group is None:
         check_rows(y)
         if backend == "triton":
             running = running._replace(rows=rows)
             return y, rows, *batch_statistics.affine_from_sums(y, sums, pivot, gamma, beta, norm.eps, backend, running)
-        if pending_cpu.can_normalise(y, norm, running, backend):
+        if mean is None and pending_cpu.can_normalise(y, norm, running, backend):
             return y, rows, *pending_cpu.normalised(y, gamma, beta, norm.eps, running)
-    mean, var = batch_statistics.from_sums(y, sums, pivot) if backend == "triton" else pending.statistics(y, backend)
+    if backend == "triton":
+        mean, var = batch_statistics.from_sums(y, sums, pivot)
+    elif mean is None:
+        mean, var = pending.statistics(y, backend)
     if norm.group is not None:
         mean, var, rows = bn.gather_statistics(mean, var, rows, norm.group)
     running = running._replace(rows=rows)
@@ -140,7 +160,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, scale, shift, gate, right, right_scale, right_shift, weight, bias, gamma, beta, running_mean,
-        running_var, activation, slope, out, scaled, geometry, norm, backend, slot=None, again=None,
+        running_var, activation, slope, out, scaled, geometry, norm, backend, slot=None, shuffle=1, again=None,
         made_of=(),
     ):  # fmt: skip
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
@@ -151,6 +171,9 @@ class ConvBatchNormFunction(torch.autograd.Function):
             z, fused["join"] = torch.empty_like(x), e
         else:
             z = x if e.is_plain else pending.pending_forward(*e, backend)
+        ctx.depthwise = is_depthwise(x, weight, geometry, backend)
+        if ctx.depthwise:
+            fused["shuffle"] = shuffle
         if slot is not None and backend == "triton":
             channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
             fused["out"] = slot.tensor(z, weight.shape[0], geometry.size, channels_last)
@@ -177,7 +200,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         ctx.again = again
         if again is not None and any(ctx.needs_input_grad):
             again.readers += 1
-        ctx.form = (activation, slope, out, e.is_join, scaled, loads, bn.Ahead.of_vectors(scale, shift))
+        ctx.form = (activation, slope, out, e.is_join, scaled, loads, bn.Ahead.of_vectors(scale, shift), shuffle)
         ctx.ahead = None
         if backend == "triton" and norm is not None and norm.group is None:
             ctx.ahead = bn.Ahead(mean, invstd, gamma, rows, norm.training)
@@ -202,7 +225,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
         else:
-            if norm is not None and pending_cpu.can_go_back(y, norm, backend):
+            if norm is not None and not ctx.depthwise and pending_cpu.can_go_back(y, norm, backend):
                 grad_y, grad_gamma, grad_beta = pending_cpu.normalised_backward(
                     grad_y, y, mean, invstd, gamma, grad_scale, grad_shift
                 )
@@ -214,7 +237,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
                 correction = Correction(y, a, b, c)
             if needs[8]:
                 grad_bias = _grad_bias(grad_y, grad_shift, norm, correction, ctx.bias_dtype)
-            passes = _on_gpu if backend == "triton" else _on_cpu
+            passes = _of_depthwise if ctx.depthwise else _on_gpu if backend == "triton" else _on_cpu
             grads, grad_weight = passes(
                 inputs, grad_y, correction, weight, geometry, ctx.image, grad_z if join else grad_passed,
                 any(needs[:7]), needs[3], needs[7], backend,
@@ -223,7 +246,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         return (
             *grads,
             *(grad if need else None for grad, need in zip(parameters, needs[7:11], strict=True)),
-            *[None] * 12,
+            *[None] * 13,
         )
 
 
@@ -244,6 +267,7 @@ class Inputs(NamedTuple):
     scaled: bool
     loads: bool = False  # whether the convolution's kernels make z
     ahead: bn.Ahead | None = None  # of the batch norm that made scale and shift
+    shuffle: int = 1  # the convolution reads channel_shuffle(z, shuffle)
 
     @property
     def is_plain(self):
@@ -256,6 +280,8 @@ class Inputs(NamedTuple):
 
     def sums(self, parts):
         """Gradients of scale and shift, which a kernel left in parts [S, 2, C]."""
+        if len(parts) == 1 and self.ahead is None:
+            return parts[0].unbind(0)
         return conv_sums.sum_parts(parts).unbind(0) if self.ahead is None else self.ahead.take(parts)
 
     def again(self, backend):
@@ -315,6 +341,28 @@ def _on_cpu(
     if inputs.is_plain:
         return (dz if add is None else dz.add_(add), *[None] * 6), grad_weight
     return inputs.grads(dz, add, need_gate, backend, overwrite=True), grad_weight
+
+
+def _of_depthwise(
+    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend
+):  # fmt: skip
+    """The same on the kernels of depthwise convolution, which do everything on load and on store."""
+    window, channels_last = geometry[1:4], image[1]
+    loads, finishes = inputs.loads, inputs.loads or inputs.is_plain
+    z = inputs.x if loads else inputs.again(backend)
+    fused = dict(correction=correction, shuffle=inputs.shuffle)
+    if finishes:
+        fused["add"] = add if need_image else None
+    if loads:
+        fused["pending"] = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled)
+    needs = need_image, need_weight, False
+    grads = depthwise_conv2d.depthwise_backward(grad_y, z, weight, *window, channels_last, needs, backend, **fused)
+    if not need_image:
+        return (None,) * 7, grads.weight
+    if not finishes:
+        return inputs.grads(grads.input, add, need_gate, backend, overwrite=True), grads.weight
+    sums = inputs.sums(grads.sums) if loads else (None, None)
+    return (grads.input, *sums, *[None] * 4), grads.weight
 
 
 def _on_gpu(
