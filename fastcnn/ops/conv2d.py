@@ -8,6 +8,7 @@ torch.nn.functional.conv2d. Source: implicit GEMM, Chetlur et al. 2014 (cuDNN).
 The host functions take sizes and the top and left padding only, so padding that differs at the far side ('same' with an
 even filter) needs no copy. conv_transpose2d and linear run on them, too. Each pass is a conv_launch.Problem, which
 conv_launch.choose gives to one family of kernels: "images", "gather", "folded", or, in backend "auto" on a GPU, cuDNN.
+One filter per channel is depthwise_conv2d's.
 """
 
 import dataclasses
@@ -16,10 +17,19 @@ import torch
 import torch.nn.functional as F
 
 from fastcnn.backends import Op, current_backend, is_strict
-from fastcnn.ops import common, conv2d_gather, conv2d_images, conv2d_stem, conv2d_vendor, conv_launch
+from fastcnn.ops import (
+    common,
+    conv2d_gather,
+    conv2d_images,
+    conv2d_stem,
+    conv2d_vendor,
+    conv_launch,
+    depthwise_conv2d,
+)
 from fastcnn.ops.conv_fusion import Join, Pending
 from fastcnn.ops.conv_layout import empty_grad_weight, empty_image, output_of, padded_reference, suggests_channels_last
 from fastcnn.ops.conv_sums import accumulator_dtype, sum_parts
+from fastcnn.ops.depthwise_conv2d import DepthwiseConv2dFunction
 
 CPU_WHY = (
     "oneDNN, through PyTorch, runs dense convolution near the CPU's multiply-add peak; numba has no GEMM to match it"
@@ -458,8 +468,9 @@ def check_bias(bias, channels):
 
 
 def _pytorchs(input, weight, bias=None, *others, **named):
-    # PyTorch reads memory that operands on "meta" do not have
-    if not weight.is_cpu or not (bias is None or bias.is_cpu):
+    # PyTorch reads memory that operands on "meta" do not have; and depthwise convolutions run on our kernels
+    groups = others[3] if len(others) > 3 else named.get("groups", 1)
+    if not weight.is_cpu or not (bias is None or bias.is_cpu) or depthwise_conv2d.pays_on_cpu(input, weight, groups):
         raise ValueError
     return F.conv2d(input, weight, bias, *others, **named)
 
@@ -521,11 +532,18 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
         TypeError, ValueError: an argument does not fit; the message says which, its value and what is right.
     """
     size, strides, pads, dilations = check_convolution(input, weight, bias, stride, padding, dilation, groups)
-    backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
+    depthwise = depthwise_conv2d.is_depthwise(weight, groups)
+    if depthwise:
+        backend = depthwise_conv2d.op.route(input, lambda backend: depthwise_conv2d.why_not(backend, input, weight))
+    else:
+        backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     operands = (None if t is None else t.to(compute_dtype(t)) for t in (input, weight, bias))
     input, weight, bias = operands
     batch = input if input.dim() == 4 else input.unsqueeze(0)
-    y = Conv2dFunction.apply(batch, weight, bias, size, strides, pads, dilations, groups, "conv", backend)
+    if depthwise:
+        y = DepthwiseConv2dFunction.apply(batch, weight, bias, size, strides, pads, dilations, backend)
+    else:
+        y = Conv2dFunction.apply(batch, weight, bias, size, strides, pads, dilations, groups, "conv", backend)
     return y if input.dim() == 4 else y.squeeze(0)

@@ -61,6 +61,13 @@ def why_not(backend, input, weight):
     return None
 
 
+def pays_on_cpu(input, weight, groups):
+    """Whether "auto" takes our kernels for this convolution of CPU tensors, given that they can run it."""
+    if not is_depthwise(weight, groups):
+        return False
+    return why_not("cpu", input, weight) is None and _kernels("cpu").faster(input, weight)
+
+
 def _kernels(backend):
     """The host functions of a backend."""
     if backend == "triton":
