@@ -138,7 +138,7 @@ def _chosen(problem, run, backend, image, **options):
     variant = [image.dtype]
     for option in options.values():
         if isinstance(option, Pending):
-            variant.append(option[2:])
+            variant.append(option.compiled)
         else:
             variant.append(option.activation if isinstance(option, Join) else option is not None)
     return run(conv_launch.choose(problem, image.device, run, allowed, tuple(variant)))
@@ -533,13 +533,13 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     """
     size, strides, pads, dilations = check_convolution(input, weight, bias, stride, padding, dilation, groups)
     depthwise = depthwise_conv2d.is_depthwise(weight, groups)
+    operands = [None if t is None else t.to(compute_dtype(t)) for t in (input, weight, bias)]
     if depthwise:
-        backend = depthwise_conv2d.op.route(input, lambda backend: depthwise_conv2d.why_not(backend, input, weight))
+        backend = depthwise_conv2d.op.route(input, lambda backend: depthwise_conv2d.why_not(backend, *operands[:2]))
     else:
         backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    operands = (None if t is None else t.to(compute_dtype(t)) for t in (input, weight, bias))
     input, weight, bias = operands
     batch = input if input.dim() == 4 else input.unsqueeze(0)
     if depthwise:
