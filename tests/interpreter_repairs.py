@@ -211,7 +211,8 @@ def _check(self, verb, pointers, mask):
     if not extents:
         return
     itemsize = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-    active = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask)
+    # a mask that was once a scalar holds integers, which would be indices
+    active = np.asarray(mask.data if isinstance(mask, TensorHandle) else mask, bool)
     addresses = pointers.data[np.broadcast_to(active, pointers.data.shape)]
     if addresses.size == 0:
         return

@@ -6,6 +6,9 @@ from fastcnn.ops import common
 from fastcnn.ops.conv2d_gather import kernel_strides, needs_int64
 from fastcnn.ops.conv_layout import output_of
 from fastcnn.ops.conv_sums import accumulator_dtype, sum_rows_in_parts
+from fastcnn.ops.depthwise_conv2d_backward_launch import backward
+
+__all__ = ["backward", "forward"]
 
 TILE = 1024  # elements of a tile of the general kernel; half with fp64
 MAX_CHANNELS = 64  # of them side by side

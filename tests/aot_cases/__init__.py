@@ -10,6 +10,7 @@ from aot_cases.convolution import conv2d, conv2d_fused, conv2d_tiles, conv_trans
 from aot_cases.convolution_backward import conv2d_backward
 from aot_cases.convolution_join import conv2d_join
 from aot_cases.depthwise import depthwise_conv2d
+from aot_cases.depthwise_backward import depthwise_conv2d_backward
 from aot_cases.losses import cross_entropy, elementwise_loss, multi_margin_loss
 from aot_cases.norms import batch_norm, group_norm, layer_norm, local_response_norm
 from aot_cases.optimizers import optimizers
@@ -23,6 +24,7 @@ from aot_cases.pooling import (
     pending_pool,
 )
 from aot_cases.random import dropout, feature_dropout
+from aot_cases.squeeze_excite import squeeze_excite
 from aot_cases.whitening import decorrelated_batch_norm
 
 CASES = {
@@ -44,6 +46,7 @@ CASES = {
         decorrelated_batch_norm,
         dense_block_passes,
         depthwise_conv2d,
+        depthwise_conv2d_backward,
         dropout,
         elementwise_loss,
         feature_dropout,
@@ -58,5 +61,6 @@ CASES = {
         optimizers,
         pending_activation,
         pending_pool,
+        squeeze_excite,
     )
 }
