@@ -384,9 +384,24 @@ def test_backward_weight_options(lane, family, kind, activation, correction):
     options = dict(pending=layer.pending(activation)) if activation else {}
     if correction:
         options |= dict(correction=layer.correction)
+    check_backward_weight(layer, **options)
+
+
+def check_backward_weight(layer, **options):
     grad = layer.backward_weight(**options)
     yardstick, truth = (layer.gradients_reference(exact, **options)[1] for exact in (False, True))
     assert_close_to_truth("grad_weight", grad, yardstick, truth, layer.dtype)
+
+
+@over("forward", "backward_weight", only=WITH_PENDING)
+def test_a_pending_activation_with_a_gate(lane, family, kind):
+    layer = Layer(family, kind, lane.device)
+    gate = layer.vector(layer.x.shape[:2]).to(layer.dtype)
+    pending = layer.pending("silu")._replace(gate=gate)
+    if kind == "forward":
+        check_forward(layer, pending=pending, pivot=layer.pivot)
+    else:
+        check_backward_weight(layer, pending=pending, correction=layer.correction)
 
 
 # traps

@@ -112,6 +112,10 @@ def _pending_arguments(pending):
     return vectors, dict(PENDING=pending.activation, PENDING_SLOPE=pending.slope)
 
 
+def _gate(pending):
+    return None if pending is None or pending.gate is None else pending.gate.contiguous()
+
+
 def _corrected_arguments(grad_output, correction):
     """grad_output and (y, a, b, c), where y has the strides of grad_output."""
     if correction is None:
@@ -149,7 +153,7 @@ def forward(
         vector = _vector(c, k, input, weight, y)
         input, weight, folded = _folded(launch, groups, c, s, vector, input, weight)
         conv2d_forward_kernel[(tiles_m * -(-k // launch.block_n) * groups,)](
-            *(input, weight, None if bias is None else bias.contiguous(), y, *vectors),
+            *(input, weight, None if bias is None else bias.contiguous(), y, *vectors, _gate(pending)),
             *(None if residual is None else common.with_strides_of(residual, y),),
             *(None if pivot is None else pivot.contiguous(), sums),
             *(pixels, h, w, p, q, c, k, r, s, groups),
@@ -254,7 +258,7 @@ def backward_weight(
     grad_output, correction = _corrected_arguments(grad_output, correction)
     with common.device_guard(input):
         conv2d_backward_weight_kernel[(tiles * splits,)](
-            *(grad_output, input, out, *correction, *vectors),
+            *(grad_output, input, out, *correction, *vectors, _gate(pending)),
             *(pixels, h, w, p, q, c, k, r, s, groups, share),
             *(*_divisor(p * q), *_divisor(q), grad_weight.numel()),
             *(*kernel_strides(grad_output), *kernel_strides(input), *kernel_strides(grad_weight)),

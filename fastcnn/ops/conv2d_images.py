@@ -106,6 +106,13 @@ def _weight(tensor, block):
     return TensorDescriptor(tensor, [k, r * s * c], [r * s * c, 1], block)
 
 
+def _gate(pending, x, one_pixel):
+    """(the gate of a pending x, rows of an image), or twice None."""
+    if pending is None or pending.gate is None:
+        return None, None
+    return pending.gate.contiguous(), x.shape[2] * x.shape[3] if one_pixel else 1
+
+
 def _blocks(launch):
     return dict(
         BLOCK_M=launch.block_m,
@@ -150,7 +157,8 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
     sums = None
     if pivot is not None or (backward and (pending is not None or join is not None)):
         sums = torch.empty((rows, 2, channels), dtype=torch.float32, device=y.device)
-    vectors = [bias, *(pending[:2] if pending else (None,) * 2)]
+    gate, image_rows = _gate(pending, x, one_pixel)
+    vectors = [bias, *(pending[:2] if pending else (None,) * 2), gate]
     vectors += [*(correction[1:] if correction else (None,) * 3), pivot]
     output = join and join.output
     with common.device_guard(y):
@@ -163,7 +171,7 @@ def _run_pixels(x, weight, y, geometry, precision, launch, backward, fusion):
             *(None if t is None else _image(t, writes, one_pixel) for t in (raw, output, add)),
             *(None if vector is None else vector.contiguous() for vector in vectors),
             sums,
-            *(images, pixels, c, k, groups, *steps, _gapped_pitch(x, one_pixel)),
+            *(images, pixels, c, k, groups, *steps, _gapped_pitch(x, one_pixel), image_rows),
             BACKWARD=backward,
             ONE_PIXEL=one_pixel,
             PRECISION=precision,
@@ -259,6 +267,7 @@ def backward_weight(
     if splits > 1:
         out = torch.empty((splits, grad_weight.numel()), dtype=torch.float32, device=input.device)
     tiles = -(-c // launch.block_m) * -(-k // launch.block_n) * r * s * groups
+    gate, image_rows = _gate(pending, input, one_pixel)
     reads_x, reads_dy = [launch.block_k, launch.block_m], [launch.block_k, launch.block_n]
     with common.device_guard(input):
         conv2d_images_backward_weight_kernel[(tiles * splits,)](
@@ -267,10 +276,12 @@ def backward_weight(
             out,
             _flat(correction.y, reads_dy, one_pixel) if correction and correction.y is not None else None,
             *(pending[:2] if pending else (None, None)),
+            gate,
             *(correction[1:] if correction else (None, None, None)),
             *(_rows(input, one_pixel)[0], h, w, p, q, c, k, r, s, groups, splits, grad_weight.numel()),
             *grad_weight.stride(),
             *(*stride, *padding, *dilation, _gapped_pitch(input, one_pixel), _gapped_pitch(grad_output, one_pixel)),
+            image_rows,
             PRECISION=precision,
             CORRECTED=correction is not None,
             PENDING=pending.activation if pending else None,

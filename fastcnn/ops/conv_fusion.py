@@ -17,6 +17,7 @@ class Pending(NamedTuple):
 
     scale, shift [C]: fp32 (fp64 with fp64 tensors). activation: "none", or a name of fastcnn.ops.activation. scaled:
     whether the gradient of x is stored, else that of u: then whoever made x multiplies by the scale (Correction.a).
+    gate [N, C]: multiplies act(u); forward and gradient of the weight of dense convolutions know it, and nobody else.
     """
 
     scale: torch.Tensor
@@ -24,11 +25,18 @@ class Pending(NamedTuple):
     activation: str = "none"
     slope: float = 0.0
     scaled: bool = True
+    gate: torch.Tensor | None = None
+
+    @property
+    def compiled(self):
+        """What of it kernels are compiled for."""
+        return self.activation, self.slope, self.scaled, self.gate is not None
 
     def reference(self, x):
         """The same in plain PyTorch, in the dtype of x."""
         z = x * self.scale.to(x.dtype).view(1, -1, 1, 1) + self.shift.to(x.dtype).view(1, -1, 1, 1)
-        return z if self.activation == "none" else activation_reference(z, self.activation, self.slope)
+        z = z if self.activation == "none" else activation_reference(z, self.activation, self.slope)
+        return z if self.gate is None else z * self.gate.to(x.dtype)[:, :, None, None]
 
 
 class Correction(NamedTuple):

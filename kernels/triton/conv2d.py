@@ -71,6 +71,12 @@ def channel_vector(pointer, channels, count):
     return tl.load(pointer + channels, mask=channels < count, other=0.0)
 
 
+@triton.jit
+def gate_block(gate, n, channels, stride, mask):
+    """What a pending activation is multiplied by: rows of the images n, columns of these channels."""
+    return accumulator(tl.load(gate + (n * stride)[:, None] + channels[None, :], mask=mask, other=0.0))
+
+
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "pad_h", "pad_w", "dil_h", "dil_w"])
 def conv2d_forward_kernel(
     x_ptr,
@@ -79,6 +85,7 @@ def conv2d_forward_kernel(
     y_ptr,
     scale_ptr,  # pending activation of x
     shift_ptr,
+    gate_ptr,  # its factor per image and channel: [N, channels of all groups]
     residual_ptr,  # laid out as y
     pivot_ptr,
     sums_ptr,  # [tiles of M, 2, filters of all groups]
@@ -189,6 +196,8 @@ def conv2d_forward_kernel(
                     accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING,
                     x_block.dtype.primitive_bitwidth == 16,
                 )  # fmt: skip
+                if gate_ptr is not None:
+                    z *= gate_block(gate_ptr + g * C, n, channels, C * G, inside & (channels < C)[None, :])
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, tl.trans(w_block), acc, input_precision=PRECISION, out_dtype=ACC)
     else:
@@ -220,6 +229,8 @@ def conv2d_forward_kernel(
                     accumulator(x_block), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING,
                     x_block.dtype.primitive_bitwidth == 16,
                 )  # fmt: skip
+                if gate_ptr is not None:
+                    z *= gate_block(gate_ptr + g * C, n, c0 + c, C * G, inside[:, None] & real[None, :])
                 x_block = tl.where(inside[:, None], z, 0.0).to(x_block.dtype)
             acc = tl.dot(x_block, w_block, acc, input_precision=PRECISION, out_dtype=ACC)
             c0, s, r = next_step(c0, s, r, C, S, BLOCK_K)
@@ -506,6 +517,7 @@ def conv2d_backward_weight_kernel(
     c_ptr,
     scale_ptr,  # pending activation of x
     shift_ptr,
+    gate_ptr,  # its factor per image and channel: [N, channels of all groups]
     M,  # N * P * Q
     H,
     W,
@@ -655,6 +667,8 @@ def conv2d_backward_weight_kernel(
         if PENDING is not None:
             MAXIMUM: tl.constexpr = x_block.dtype.primitive_bitwidth == 16
             z = pending_activation(accumulator(x_block), scale, bias, PENDING_SLOPE, PENDING, MAXIMUM)
+            if gate_ptr is not None:
+                z *= gate_block(gate_ptr + g * C, n, c, C * G, inside & (c < C)[None, :])
             if FOLDED:
                 x_block = tl.where(inside, z, 0.0).to(x_block.dtype)
             else:

@@ -54,7 +54,14 @@ def count_steps(taps_ptr, pixels, columns, tiles, blocks):
     return steps * blocks
 
 
-@triton.jit(do_not_specialize=["N", "pixels", "step_r", "step_s", "tap_r", "tap_s"])
+@triton.jit
+def gate_rows(gate, rows, channels, stride, image_rows, mask):
+    """What a pending activation is multiplied by: these rows, of which an image has image_rows, and channels."""
+    gate = tl.load(gate + (rows // image_rows * stride)[:, None] + channels[None, :], mask=mask, other=0.0)
+    return gate.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["N", "pixels", "step_r", "step_s", "tap_r", "tap_s", "image_rows"])
 def conv2d_images_kernel(
     x_desc,  # [N, input pixels * C of all groups]
     weight_desc,  # [filters, taps * channels of a group]
@@ -67,6 +74,7 @@ def conv2d_images_kernel(
     bias_ptr,
     scale_ptr,
     shift_ptr,
+    gate_ptr,  # the pending x's factor per image, of image_rows rows, and channel
     a_ptr,  # CORRECTED
     b_ptr,
     c_ptr,
@@ -82,6 +90,7 @@ def conv2d_images_kernel(
     tap_r,  # the same in taps of the weight
     tap_s,
     x_pitch,  # elements from a pixel of x to the next, where it is not C * G; else None
+    image_rows,
     BACKWARD: tl.constexpr,  # the weight is [reduced, taps, columns], else [columns, taps, reduced]
     ONE_PIXEL: tl.constexpr,  # a matrix product: one pixel, one tap, no table
     PRECISION: tl.constexpr,
@@ -153,7 +162,12 @@ def conv2d_images_kernel(
         if PENDING is not None and not BACKWARD:
             scale = tl.load(scale_ptr + group * C + channel, mask=read, other=0.0)
             shift = tl.load(shift_ptr + group * C + channel, mask=read, other=0.0)
-            x = pending_activation(x.to(tl.float32), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING).to(x.dtype)
+            z = pending_activation(x.to(tl.float32), scale[None, :], shift[None, :], PENDING_SLOPE, PENDING)
+            if gate_ptr is not None:
+                row = image + tl.arange(0, BLOCK_M)
+                real = (row < N)[:, None] & read[None, :]
+                z *= gate_rows(gate_ptr + group * C, row, channel, C * G, image_rows, real)
+            x = z.to(x.dtype)
         if CORRECTED:
             y_a = tl.load(a_ptr + group * C + channel, mask=read, other=0.0)
             if corrected_desc is not None:
@@ -238,7 +252,7 @@ def output_range(tap, outputs, inputs, stride, pad, dil):
     return first, tl.maximum(tl.minimum(last, outputs - 1) + 1 - first, 0)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "splits", "pad_h", "pad_w", "dil_h", "dil_w"])
+@triton.jit(do_not_specialize=["N", "H", "W", "P", "Q", "splits", "pad_h", "pad_w", "dil_h", "dil_w", "image_rows"])
 def conv2d_images_backward_weight_kernel(
     dy_desc,  # [N, output pixels * K of all groups]
     x_desc,  # [N, input pixels * C of all groups]
@@ -246,6 +260,7 @@ def conv2d_images_backward_weight_kernel(
     corrected_desc,  # CORRECTED: as dy_desc; None, as b_ptr and c_ptr: multiply by a
     scale_ptr,
     shift_ptr,
+    gate_ptr,  # the pending x's factor per image, of image_rows rows, and channel
     a_ptr,  # CORRECTED
     b_ptr,
     c_ptr,
@@ -273,6 +288,7 @@ def conv2d_images_backward_weight_kernel(
     dil_w,
     x_pitch,  # elements from a pixel of x to the next, where it is not C * G; else None
     y_pitch,
+    image_rows,
     PRECISION: tl.constexpr,
     CORRECTED: tl.constexpr,
     PENDING: tl.constexpr,
@@ -333,6 +349,9 @@ def conv2d_images_backward_weight_kernel(
         valid = ((image + tl.arange(0, BLOCK_K)) < N)[:, None]
         if PENDING is not None:
             z = pending_activation(x.to(tl.float32), scale, shift, PENDING_SLOPE, PENDING)
+            if gate_ptr is not None:
+                row = image + tl.arange(0, BLOCK_K)
+                z *= gate_rows(gate_ptr + g * C, row, channel, C * G, image_rows, valid & (channel < C)[None, :])
             # past the batch dy is zero; fp16 could make Inf of z there
             if x.dtype == tl.float16:
                 z = tl.where(valid, z, 0.0)
