@@ -13,7 +13,8 @@ def build(name, num_classes=None):
     """A network with random weights, in training mode.
 
     Args:
-        name: "resnet50" (looked up in fastcnn, torchvision and timm, in this order), or "fastcnn:lenet5",
+        name: "resnet50" (looked up in torchvision, timm and fastcnn, in this order: PyTorch's form is what
+            is measured against, and what `fastcnn.convert` takes), or "fastcnn:lenet5",
             "torchvision:resnet50", "timm:convnext_tiny".
         num_classes: outputs of the classifier; default: the network's own.
 
@@ -83,4 +84,4 @@ def _from_timm(name):
     return (lambda **options: timm.create_model(name, **options)) if name in timm.list_models() else None
 
 
-_SOURCES = {"fastcnn": _from_fastcnn, "torchvision": _from_torchvision, "timm": _from_timm}
+_SOURCES = {"torchvision": _from_torchvision, "timm": _from_timm, "fastcnn": _from_fastcnn}

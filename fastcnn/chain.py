@@ -341,6 +341,14 @@ def multiply(a, b):
     return materialize(value) * factor
 
 
+def row_noise(x, probability, scaled=True):
+    """Zeros of this probability for the samples of x, else 1 / (1 - probability), drawn as torchvision and timm do."""
+    x = likeness(x)
+    noise = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    noise = noise.bernoulli_(1.0 - probability)
+    return noise.div_(1.0 - probability) if scaled and probability < 1.0 else noise
+
+
 def squeeze_excite(x, fc1, fc2, activation="relu", gate_activation="sigmoid"):
     """x times a gate per image and channel, made of the means of x: gate = g(fc2(f(fc1(mean of x)))).
 

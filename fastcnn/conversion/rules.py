@@ -15,7 +15,7 @@ from fastcnn import chain
 from fastcnn import nn as ours
 from fastcnn.conversion import concatenations
 from fastcnn.conversion.aliases import Aliases
-from fastcnn.conversion.steps import NormAlone, attribute, own_tensor, row_noise, size
+from fastcnn.conversion.steps import NormAlone, attribute, own_tensor, size
 from fastcnn.conversion.watched import has_hooks
 
 CONVOLUTIONS = (nn.Conv2d, ours.Conv2d)
@@ -369,7 +369,7 @@ class Rewriter:
 
     def drop_rows(self, node, x, probability, scaled=True):
         with self.graph.inserting_before(node):
-            noise = self.graph.call_function(row_noise, (x, probability, scaled))
+            noise = self.graph.call_function(chain.row_noise, (x, probability, scaled))
         return self.become(node, chain.multiply, x, noise, activated=True)
 
     def method(self, node):

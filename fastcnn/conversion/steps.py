@@ -1,6 +1,5 @@
 """What a rewritten graph calls beside the functions of fastcnn/chain.py."""
 
-import torch
 from torch import nn
 
 from fastcnn import chain
@@ -15,14 +14,6 @@ def attribute(x, name):
 def size(x, dim=None):
     """x.size(dim) of a tensor or value."""
     return likeness(x).size() if dim is None else likeness(x).size(dim)
-
-
-def row_noise(x, probability, scaled=True):
-    """Zeros of this probability for the samples of x, else 1 / (1 - probability), drawn as torchvision and timm do."""
-    x = likeness(x)
-    noise = torch.empty((x.shape[0], *[1] * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-    noise = noise.bernoulli_(1.0 - probability)
-    return noise.div_(1.0 - probability) if scaled and probability < 1.0 else noise
 
 
 def own_tensor(x):

@@ -38,6 +38,7 @@ from fastcnn.nn.losses import (  # noqa: F401
     MultiMarginLoss,
     SmoothL1Loss,
 )
+from fastcnn.nn.mobile_blocks import DepthwiseSeparable, InvertedResidual, MBConv, SqueezeExcite  # noqa: F401
 from fastcnn.nn.norms import (  # noqa: F401
     BatchNorm1d,
     BatchNorm2d,
