@@ -19,7 +19,7 @@ from torch import nn
 from fastcnn import functional as F
 from fastcnn.ops import batch_norm as batch_norm_op
 from fastcnn.ops import batch_norm_module as module
-from fastcnn.ops import common, conv2d, pool_again, pooling
+from fastcnn.ops import channel_order, common, conv2d, pool_again, pooling
 from fastcnn.ops import conv_batch_norm as fused
 from fastcnn.ops import pending as passes
 from fastcnn.ops.activation import activation_reference
@@ -44,6 +44,7 @@ class Pending:
         self.raw, self.scale, self.shift = raw, scale, shift
         self.activation, self.slope, self.gate = activation, slope, gate
         self.scaled = scaled
+        self.takes = channel_order.Takes()
 
     @property
     def is_affine(self):
@@ -88,6 +89,49 @@ class Measured:
         self.raw, self.mean, self.var = raw, mean, var
 
 
+class Channels:
+    """Channels of Pendings with one activation, in an order of their own that only readers make.
+
+    runs: fastcnn.ops.channel_order.Run of each. shuffle: > 1 where they are channel_shuffle(one Pending, shuffle).
+    """
+
+    def __init__(self, runs, shuffle=1):
+        self.runs, self.shuffle = runs, shuffle
+        self._in_memory = self._in_order = None
+
+    def side_by_side(self):
+        """(Pending of the channels as is cheapest, of which of them its channels are or None for theirs)."""
+        if self._in_order is not None:
+            return self._in_order, None
+        runs = channel_order.by_memory(self.runs)
+        if self._in_memory is None:
+            self._in_memory = _gathered(runs)
+        return self._in_memory, channel_order.positions(runs)
+
+    def in_order(self):
+        """Pending of the channels in their order."""
+        if self._in_order is None:
+            runs = channel_order.by_memory(self.runs)
+            order = channel_order.inverse(channel_order.positions(runs))
+            self._in_order = _gathered(runs, None if order == tuple(range(len(order))) else order)
+        return self._in_order
+
+
+def _gathered(runs, order=None):
+    """Pending of what the runs say, one after the other; or in an order of that."""
+    parts, pieces = channel_order.pieces_of(runs)
+    if order is None and pieces == [(0, 0, parts[0].raw.shape[1])]:
+        return parts[0]
+    tensors = [t for part in parts for t in (part.raw, part.scale, part.shift)]
+    raw, scale, shift, *passed = channel_order.GatherFunction.apply(
+        [part.takes for part in parts], pieces, order, *tensors
+    )
+    passed = [old if new is None else new for old, new in zip(tensors, passed, strict=True)]
+    for i, part in enumerate(parts):
+        part.raw, part.scale, part.shift = passed[3 * i : 3 * i + 3]
+    return Pending(raw, scale, shift, parts[0].activation, parts[0].slope)
+
+
 class Folded:
     """Evaluation without gradients: f(conv(z) with batch norm in it + residual), computed by its first reader."""
 
@@ -112,6 +156,8 @@ def materialize(value):
         if value.result is None:
             value.result = _stored(value.expression(), value.left.scaled)[0]
         return value.result
+    if isinstance(value, Channels):
+        return materialize(value.in_order())
     if isinstance(value, Pending):
         z, value.raw = _stored(value.expression(), value.scaled)
         return z
@@ -152,6 +198,8 @@ def likeness(x):
     """A tensor of the shape, dtype and device of a tensor or value; its numbers mean nothing."""
     if isinstance(x, Join) and x.result is None:
         return x.left.raw
+    if isinstance(x, Channels):
+        return x.runs[0].part.raw[:, :1].expand(-1, channel_order.channels_of(x.runs), -1, -1)
     return x.raw if isinstance(x, Pending) else materialize(x)
 
 
@@ -243,7 +291,10 @@ def conv(x, conv):
 
 def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_var=None, norm=None, slot=None):
     """(y, scale, shift)"""
+    x, columns, shuffle = _arranged(x, conv, geometry)
     x, weight = _in_one_dtype(x, conv.weight)
+    if columns is not None:
+        weight = channel_order.PermuteFunction.apply(weight, columns)
     expression, scaled, leave = _readable(x)
     backend = fused.op.route(expression.x, lambda backend: None)
     bias = conv.bias
@@ -253,11 +304,25 @@ def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_v
     with _without_autocast(e.x):
         y, scale, shift, z, passed = fused.ConvBatchNormFunction.apply(
             e.x, e.scale, e.shift, e.gate, e.right, e.right_scale, e.right_shift, weight, bias, gamma, beta,
-            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot, 1,
+            running_mean, running_var, e.activation, e.slope, e.out, scaled, geometry, norm, backend, slot, shuffle,
             *pool_again.recipe_of(e.x),
         )  # fmt: skip
     leave(z, passed)
     return y, scale, shift
+
+
+def _arranged(x, conv, geometry):
+    """(value, of which channels its channels are or None, shuffle): how a convolution reads Channels."""
+    if not isinstance(x, Channels):
+        return x, None, 1
+    if conv.groups == 1:
+        return *x.side_by_side(), 1
+    if x.shuffle > 1:
+        part, weight = _in_one_dtype(x.runs[0].part, conv.weight)
+        image = likeness(part)
+        if fused.is_depthwise(image, weight, geometry, fused.op.route(image, lambda backend: None)):
+            return part, None, x.shuffle
+    return x.in_order(), None, 1
 
 
 def _folded(x, conv, bn, norm, geometry):
@@ -423,14 +488,61 @@ def cat(values):
 
     Nothing is copied where the convolutions wrote slots of one fastcnn.ops.concatenate.Buffer, one behind the other.
     """
-    first = values[0]
-    form = lambda value: (value.activation, value.slope, value.raw.dtype, value.raw.shape[:1] + value.raw.shape[2:])
-    if all(isinstance(v, Pending) and v.scale is not None and v.gate is None and not v.scaled for v in values):
-        if all(form(value) == form(first) for value in values):
-            raw = ConcatenateFunction.apply(*(value.raw for value in values))
-            scale, shift = (torch.cat([getattr(value, name) for value in values]) for name in ("scale", "shift"))
-            return Pending(raw, scale, shift, first.activation, first.slope)
+    first, runs = values[0], _runs(values)
+    if runs is not None and any(isinstance(value, Channels) for value in values):
+        return Channels(runs)
+    if runs is not None:
+        raw = ConcatenateFunction.apply(*(value.raw for value in values))
+        scale, shift = (torch.cat([getattr(value, name) for value in values]) for name in ("scale", "shift"))
+        return Pending(raw, scale, shift, first.activation, first.slope)
     return torch.cat([materialize(value) for value in values], 1)
+
+
+def _runs(values):
+    """The runs of all values' channels, or None where they are not Pendings, or Channels of such, of one form."""
+    groups = []
+    for value in values:
+        if isinstance(value, Channels):
+            groups.append(value.runs)
+        elif isinstance(value, Pending) and value.scale is not None and value.gate is None and not value.scaled:
+            groups.append([channel_order.Run(value, 0, value.raw.shape[1], 0, 1)])
+        else:
+            return None
+    runs = channel_order.concatenated(groups)
+    form = lambda p: (p.activation, p.slope, p.raw.dtype, p.raw.shape[:1] + p.raw.shape[2:])
+    return runs if len({form(run.part) for run in runs}) == 1 else None
+
+
+def chunk(x, chunks):
+    """torch.chunk of a tensor or value along the channels, a list: of a Pending Channels, which copy nothing."""
+    runs = _runs([x])
+    if runs is None:
+        return list(materialize(x).chunk(chunks, 1))
+    channels = channel_order.channels_of(runs)
+    size = -(-channels // chunks)
+    parts = (channel_order.chunk(runs, low, min(low + size, channels)) for low in range(0, channels, size))
+    return [Channels(part) for part in parts]
+
+
+def channel_shuffle(x, groups):
+    """torch.nn.functional.channel_shuffle of a tensor or value, or of a list of them side by side along the channels.
+
+    Of Pendings with one activation it is Channels: a depthwise convolution then finds its channels where they are, a
+    dense one reads them as they lie, with its weight's columns in their order; any other reader makes a tensor.
+
+    Raises:
+        ValueError: the channels are not a multiple of groups.
+    """
+    values = x if isinstance(x, list) else [x]
+    runs = _runs(values)
+    channels = sum(likeness(value).shape[1] for value in values)
+    if groups < 1 or channels % groups != 0:
+        raise ValueError(f"groups must divide the number of channels, {channels}, got {groups}")
+    if runs is None:
+        together = materialize(values[0]) if len(values) == 1 else cat(values)
+        return channel_order.channel_shuffle(together, groups)
+    alone = len(values) == 1 and isinstance(values[0], Pending)
+    return Channels(channel_order.shuffled(runs, groups), groups if alone else 1)
 
 
 def dense_block(features, layers, activation="relu", slope=0.0):

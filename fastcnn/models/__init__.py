@@ -1,6 +1,6 @@
 """The networks, by name: `create_model("mobilenet_v2", num_classes=10)`.
 
-Weights of torchvision's network of that name load unchanged: `model.load_state_dict(theirs.state_dict())`.
+Weights of torchvision's (or timm's) network of that name load unchanged: `model.load_state_dict(theirs.state_dict())`.
 """
 
 import inspect
@@ -11,9 +11,15 @@ from fastcnn.models.lenet import LeNet5
 from fastcnn.models.mobilenet_v1 import MobileNetV1
 from fastcnn.models.mobilenet_v2 import MobileNetV2
 from fastcnn.models.mobilenet_v3 import MobileNetV3
+from fastcnn.models.senet import SENet
+from fastcnn.models.shufflenet_v1 import ShuffleNetV1
+from fastcnn.models.shufflenet_v2 import WIDTHS, ShuffleNetV2
 from fastcnn.names import check_name
 
-__all__ = ["EfficientNet", "LeNet5", "MobileNetV1", "MobileNetV2", "MobileNetV3", "create_model", "list_models"]
+__all__ = [
+    "EfficientNet", "LeNet5", "MobileNetV1", "MobileNetV2", "MobileNetV3", "SENet", "ShuffleNetV1", "ShuffleNetV2",
+    "create_model", "list_models",
+]  # fmt: skip
 
 MODELS = {
     "lenet5": LeNet5,
@@ -22,6 +28,13 @@ MODELS = {
     "mobilenet_v3_large": partial(MobileNetV3, "large"),
     "mobilenet_v3_small": partial(MobileNetV3, "small"),
     **{f"efficientnet_{scale}": partial(EfficientNet, scale) for scale in SCALES},
+    "shufflenet_v1": ShuffleNetV1,
+    **{f"shufflenet_v2_{width}": partial(ShuffleNetV2, width) for width in WIDTHS},
+    "seresnet50": partial(SENet, (3, 4, 6, 3)),
+    "seresnext50_32x4d": partial(SENet, (3, 4, 6, 3), cardinality=32, base_width=4),
+    "senet154": partial(
+        SENet, (3, 8, 36, 3), cardinality=64, base_width=4, reduce_first=2, deep_stem=True, down_kernel_size=3
+    ),
 }
 
 

@@ -54,7 +54,7 @@ def concatenate_reference(*raws):
     return torch.cat(raws, 1)
 
 
-def _side_by_side(raws):
+def side_by_side(raws):
     """The tensor whose parts these are in memory, or None."""
     first = raws[0]
     end = first.storage_offset()
@@ -73,7 +73,7 @@ class ConcatenateFunction(torch.autograd.Function):
     def forward(ctx, *raws):
         ctx.channels = [raw.shape[1] for raw in raws]
         ctx.set_materialize_grads(False)
-        together = _side_by_side(raws) if len(raws) > 1 else None
+        together = side_by_side(raws) if len(raws) > 1 else None
         return torch.cat(raws, 1) if together is None else together.data
 
     @staticmethod

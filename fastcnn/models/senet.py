@@ -1,0 +1,111 @@
+"""SE-ResNet-50, SE-ResNeXt-50 and SENet-154 (Hu, Shen, Albanie, Sun and Wu: Squeeze-and-excitation networks, 2018).
+
+The parameter names are those of timm's seresnet50, seresnext50_32x4d and senet154, whose weights load unchanged.
+"""
+
+from fastcnn import chain, nn
+from fastcnn.models.classifier import check_images
+from fastcnn.nn.blocks import Block, _call, _conv_norm, _in_turn, _shared
+from fastcnn.nn.mobile_blocks import SqueezeExcite
+
+REDUCTION = 16  # channels of the block by those between the two layers that make its gate
+
+
+class SEBottleneck(Block):
+    """1x1, 3x3 and 1x1 convolutions, squeeze-excite of the last, and a shortcut; timm's keys.
+
+    Args:
+        inputs: input channels. planes: a quarter of the output's.
+        stride, cardinality: stride and groups of the 3x3 convolution. base_width: its channels per group, were planes
+            64.
+        downsample: module on the shortcut, which gives it the output's shape; None for the input itself.
+        reduce_first: the 3x3 convolution has this many times fewer inputs than outputs.
+    """
+
+    expansion = 4
+
+    def __init__(self, inputs, planes, stride=1, downsample=None, cardinality=1, base_width=64, reduce_first=1):
+        super().__init__()
+        width, outputs = planes * base_width // 64 * cardinality, planes * self.expansion
+        first = width // reduce_first
+        self.conv1 = nn.Conv2d(inputs, first, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(first)
+        self.conv2 = nn.Conv2d(first, width, 3, stride, 1, groups=cardinality, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.se = SqueezeExcite(outputs, outputs // REDUCTION)
+        self.act = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    def values(self, x):
+        x = _shared(x)
+        out = _call(self.act, _conv_norm(x, self.conv1, self.bn1))
+        out = _call(self.act, _conv_norm(out, self.conv2, self.bn2))
+        out = _call(self.se, _conv_norm(out, self.conv3, self.bn3))
+        shortcut = x if self.downsample is None else _call(self.downsample, x)
+        return _call(self.act, chain.add(out, shortcut))
+
+
+class SENet(nn.Module):
+    """A stem, four stages of SEBottleneck, the mean, one linear layer.
+
+    28,088,024 parameters as SE-ResNet-50, 27,559,896 as SE-ResNeXt-50 (32x4d), 115,088,984 as SENet-154.
+
+    Args:
+        layers: blocks of the four stages, e.g. (3, 4, 6, 3).
+        num_classes: number of outputs.
+        in_chans: channels of the images.
+        cardinality, base_width, reduce_first: as of SEBottleneck.
+        deep_stem: three 3x3 convolutions in place of the 7x7.
+        down_kernel_size: 1 or 3, of the shortcuts' convolutions with a stride.
+        dropout: probability before the linear layer.
+
+    Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
+    """
+
+    def __init__(
+        self, layers, num_classes=1000, in_chans=3, cardinality=1, base_width=64, reduce_first=1, deep_stem=False,
+        down_kernel_size=1, dropout=0.0,
+    ):  # fmt: skip
+        super().__init__()
+        channels = 128 if deep_stem else 64
+        if deep_stem:
+            self.conv1 = nn.Sequential(
+                *(nn.Conv2d(in_chans, 64, 3, 2, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
+                *(nn.Conv2d(64, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)),
+                nn.Conv2d(64, channels, 3, 1, 1, bias=False),
+            )
+        else:
+            self.conv1 = nn.Conv2d(in_chans, channels, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.act1 = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.in_chans = in_chans
+        for stage, count in enumerate(layers):
+            planes, blocks = 64 * 2**stage, []
+            outputs = planes * SEBottleneck.expansion
+            for i in range(count):
+                stride, downsample = 2 if stage > 0 and i == 0 else 1, None
+                if i == 0:
+                    size = 1 if stride == 1 else down_kernel_size
+                    conv = nn.Conv2d(channels, outputs, size, stride, size // 2, bias=False)
+                    downsample = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+                blocks.append(SEBottleneck(channels, planes, stride, downsample, cardinality, base_width, reduce_first))
+                channels = outputs
+            self.add_module(f"layer{stage + 1}", nn.ChainSequential(*blocks))
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, SEBottleneck):
+                nn.init.zeros_(module.bn3.weight)  # a block starts as its shortcut
+
+    def forward(self, x):
+        check_images(self, x, self.in_chans)
+        stem = self.conv1 if isinstance(self.conv1, nn.Sequential) else [self.conv1]
+        x = _in_turn([*stem, self.bn1, self.act1, self.maxpool], x)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = _call(stage, x)
+        return self.fc(self.dropout(chain.mean(x)))

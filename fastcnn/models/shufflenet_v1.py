@@ -1,0 +1,91 @@
+"""ShuffleNet v1 (Zhang, Zhou, Lin and Sun: ShuffleNet: an extremely efficient CNN for mobile devices, 2018)."""
+
+import math
+
+from fastcnn import chain, nn
+from fastcnn.models.classifier import check_images
+from fastcnn.nn.blocks import Block, _call, _conv_norm, _shared
+
+# channels of stages 2, 3 and 4 by the groups of the 1x1 convolutions: table 1 of the paper
+WIDTHS = {
+    1: (144, 288, 576), 2: (200, 400, 800), 3: (240, 480, 960), 4: (272, 544, 1088), 8: (384, 768, 1536),
+}  # fmt: skip
+REPEATS = (4, 8, 4)
+
+
+class GroupedShuffleUnit(Block):
+    """Grouped 1x1, shuffle of the channels, depthwise 3x3, grouped 1x1, and a shortcut: figure 2 of the paper.
+
+    The shortcut is added, or with stride 2 pooled and put before the unit's own channels. The depthwise convolution
+    reads the channels where they lie.
+
+    Args:
+        inputs, outputs: channels. stride: 1 (outputs equal to inputs) or 2.
+        groups: of the 1x1 convolutions. first_groups: of the first of them.
+    """
+
+    def __init__(self, inputs, outputs, stride, groups, first_groups):
+        super().__init__()
+        middle = outputs // 4
+        if stride > 1:
+            outputs -= inputs
+        self.groups, self.stride = first_groups, stride
+        self.conv1 = nn.Conv2d(inputs, middle, 1, groups=first_groups, bias=False)
+        self.bn1 = nn.BatchNorm2d(middle)
+        self.conv2 = nn.Conv2d(middle, middle, 3, stride, 1, groups=middle, bias=False)
+        self.bn2 = nn.BatchNorm2d(middle)
+        self.conv3 = nn.Conv2d(middle, outputs, 1, groups=groups, bias=False)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+
+    def values(self, x):
+        x = _shared(x)
+        out = _call(self.relu, _conv_norm(x, self.conv1, self.bn1))
+        out = _conv_norm(chain.channel_shuffle(out, self.groups), self.conv2, self.bn2)
+        out = _conv_norm(out, self.conv3, self.bn3)
+        if self.stride == 1:
+            return _call(self.relu, chain.add(out, x))
+        return _call(self.relu, chain.cat([chain.avg_pool2d(x, 3, 2, 1), out]))
+
+
+class ShuffleNetV1(nn.Module):
+    """ShuffleNet v1: a 3x3 convolution, a max pool, 16 units in three stages, the mean, one linear layer.
+
+    1,865,728 parameters with 3 groups. The first 1x1 convolution of stage 2, which has few inputs, has one group.
+
+    Args:
+        num_classes: number of outputs.
+        in_chans: channels of the images.
+        groups: 1, 2, 3, 4 or 8, of the 1x1 convolutions; with more of them there are more channels.
+        width_mult: all channels are multiplied with it (the paper's 0.25x, 0.5x, 1x, 1.5x, 2x).
+
+    Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
+    """
+
+    def __init__(self, num_classes=1000, in_chans=3, groups=3, width_mult=1.0):
+        super().__init__()
+        if groups not in WIDTHS:
+            raise ValueError(f"groups must be one of {', '.join(map(str, WIDTHS))}, got {groups!r}")
+        if isinstance(width_mult, bool) or not isinstance(width_mult, (int, float)) or not 0 < width_mult < math.inf:
+            raise ValueError(f"width_mult must be a positive number, got {width_mult!r}")
+        scaled = [width * width_mult for width in (24, *WIDTHS[groups])]
+        channels, *widths = map(int, scaled)
+        if [channels, *widths] != scaled or channels % groups or any(width % (4 * groups) for width in widths):
+            raise ValueError(
+                f"width_mult must leave every group a whole number of channels, as 1 and 2 do, got {width_mult!r} with "
+                f"{groups} groups"
+            )
+        self.conv1 = nn.ConvBNAct(in_chans, channels, 3, 2)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        for i, (outputs, repeats) in enumerate(zip(widths, REPEATS, strict=True)):
+            units = [GroupedShuffleUnit(channels, outputs, 2, groups, 1 if i == 0 else groups)]
+            units += [GroupedShuffleUnit(outputs, outputs, 1, groups, groups) for _ in range(repeats - 1)]
+            self.add_module(f"stage{i + 2}", nn.ChainSequential(*units))
+            channels = outputs
+        self.fc = nn.Linear(channels, num_classes)
+
+    def forward(self, x):
+        check_images(self, x, self.conv1[0].in_channels)
+        for layer in (self.conv1, self.maxpool, self.stage2, self.stage3, self.stage4):
+            x = _call(layer, x)
+        return self.fc(chain.mean(x))

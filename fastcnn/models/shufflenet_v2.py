@@ -1,0 +1,87 @@
+"""ShuffleNet v2 (Ma, Zhang, Zheng and Sun: ShuffleNet V2: practical guidelines for efficient CNN design, 2018).
+
+The parameter names are those of torchvision.models.shufflenet_v2_x1_0, whose weights load unchanged.
+"""
+
+from fastcnn import chain, nn
+from fastcnn.models.classifier import check_images
+from fastcnn.nn.blocks import Block, _call, _shared
+
+# channels of stages 2, 3 and 4 and of the last convolution: table 5 of the paper
+WIDTHS = {
+    "x0_5": (48, 96, 192, 1024),
+    "x1_0": (116, 232, 464, 1024),
+    "x1_5": (176, 352, 704, 1024),
+    "x2_0": (244, 488, 976, 2048),
+}
+REPEATS = (4, 8, 4)
+
+
+def _depthwise(channels, stride):
+    return [nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False), nn.BatchNorm2d(channels)]
+
+
+def _pointwise(inputs, outputs):
+    return [nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+
+
+class ShuffleUnit(Block):
+    """Two branches side by side, their channels then shuffled: torchvision's InvertedResidual of ShuffleNet v2.
+
+    With stride 1 each branch gets half of the channels, and the first is none: these channels stay where they lie,
+    across units, until a convolution reads them.
+
+    Args:
+        inputs, outputs: channels. stride: 1 (outputs equal to inputs) or 2.
+    """
+
+    def __init__(self, inputs, outputs, stride):
+        super().__init__()
+        half = outputs // 2
+        self.stride = stride
+        self.branch1 = nn.Sequential()
+        if stride > 1:
+            self.branch1 = nn.Sequential(*_depthwise(inputs, stride), *_pointwise(inputs, half))
+        self.branch2 = nn.Sequential(
+            *_pointwise(inputs if stride > 1 else half, half), *_depthwise(half, stride), *_pointwise(half, half)
+        )
+
+    def values(self, x):
+        # depthwise convolutions want the channels in their order, and others then find them so
+        left, right = chain.chunk(x, 2) if self.stride == 1 else [_shared(x)] * 2
+        left = _call(self.branch1, left)
+        return chain.channel_shuffle([left, _call(self.branch2, right)], 2)
+
+
+class ShuffleNetV2(nn.Module):
+    """ShuffleNet v2: a 3x3 convolution, a max pool, 16 units in three stages, a 1x1 convolution, one linear layer.
+
+    1,366,792 parameters as x0_5, 2,278,604 as x1_0, 3,503,624 as x1_5, 7,393,996 as x2_0.
+
+    Args:
+        width: "x0_5", "x1_0", "x1_5" or "x2_0".
+        num_classes: number of outputs.
+        in_chans: channels of the images.
+
+    Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
+    """
+
+    def __init__(self, width, num_classes=1000, in_chans=3):
+        super().__init__()
+        *widths, last = WIDTHS[width]
+        channels = 24
+        self.conv1 = nn.ConvBNAct(in_chans, channels, 3, 2)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        for i, (outputs, repeats) in enumerate(zip(widths, REPEATS, strict=True)):
+            units = [ShuffleUnit(channels, outputs, 2)]
+            units += [ShuffleUnit(outputs, outputs, 1) for _ in range(repeats - 1)]
+            self.add_module(f"stage{i + 2}", nn.ChainSequential(*units))
+            channels = outputs
+        self.conv5 = nn.ConvBNAct(channels, last, 1)
+        self.fc = nn.Linear(last, num_classes)
+
+    def forward(self, x):
+        check_images(self, x, self.conv1[0].in_channels)
+        for layer in (self.conv1, self.maxpool, self.stage2, self.stage3, self.stage4, self.conv5):
+            x = _call(layer, x)
+        return self.fc(chain.mean(x))
