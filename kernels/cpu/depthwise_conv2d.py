@@ -1,0 +1,737 @@
+"""Depthwise convolution on CPU, fp32 and fp64: forward, and both gradients in one pass over memory.
+
+A task is a range of channels, of images and of rows. The rows that the window touches go through a ring that the caches
+hold: there a row is [blocks][columns][lanes], a vector of channels per pixel, with zeros where padding is. What is to
+be done to an image on load is done once, on the way in. All layouts end there: the loops over taps know only rings, and
+every tensor is read once. Results leave by a row of the same form. The inner loops keep vectors in registers, as sums
+of GROUP pixels (convolve_row) or of TAPS taps (correlate_row), each in a fixed order.
+
+Sums over pixels (gradients of weights and of vectors, statistics) are taken in the dtype of the tensors over about RUN
+pixels, then in fp64, in parts whose number depends on the shape alone: any number of threads gives the same bits.
+
+Channels count in the order of the convolution, where shuffle has taken place; `sources` are those of the input. Tuples
+of ints say what to do: geometry (N, C, M, H, W, P, Q, R, S, then two each of stride, padding and dilation, shuffle),
+plan (channels of a task, tasks along the images, tasks along the rows), and of an image its address, size and strides.
+"""
+
+import numba
+import numpy as np
+
+from fastcnn.kernels.cpu import pending
+from fastcnn.kernels.cpu.chain import set_threads, there
+from fastcnn.kernels.cpu.common import array_at
+from fastcnn.kernels.cpu.vector import add, add_wide, fence, fma, lanes, load, store, stream, subtract, zeros
+
+GROUP = 7  # pixels or taps that are summed at a time: sizes of images are often multiples of it
+TAPS = 9
+RUN = 256
+
+inline = numba.njit(error_model="numpy")
+call = numba.njit(parallel=True, cache=True, error_model="numpy")
+
+
+@inline
+def up(n, unit):
+    """The least multiple of unit that is not below n."""
+    return (n + unit - 1) // unit * unit
+
+
+@inline
+def aligned_zeros(size, like):
+    """Zeros, at an address that no vector straddles cache lines from."""
+    numbers = np.zeros(size + lanes(like), like.dtype)
+    skip = (-numbers.ctypes.data % 64) // like.itemsize
+    return numbers[skip : skip + size]
+
+
+@inline
+def find_sources(C, shuffle):
+    """Which channel of the input each channel of the convolution is."""
+    sources = np.empty(C, np.int64)
+    for c in range(C):
+        sources[c] = c % shuffle * (C // shuffle) + c // shuffle
+    return sources
+
+
+@inline
+def ordered(vector, sources):
+    """A vector of the input's channels in the order of the convolution's."""
+    if vector.size == 0:
+        return vector
+    result = np.empty_like(vector)
+    for c in range(vector.size):
+        result[c] = vector[sources[c]]
+    return result
+
+
+@inline
+def pack(weight, strides, K, R, S, bias):
+    """([blocks][R * S][LANES] weights, bias [blocks][LANES])."""
+    V = lanes(weight)
+    taps = R * S
+    packed = aligned_zeros(up(K, V) * taps, weight)
+    biases = aligned_zeros(up(K, V), weight)
+    for k in range(K):
+        for r in range(R):
+            for s in range(S):
+                packed[k // V * taps * V + (r * S + s) * V + k % V] = weight[
+                    k * strides[0] + r * strides[1] + s * strides[2]
+                ]
+    for k in range(bias.size):
+        biases[k] = bias[k]
+    return packed, biases
+
+
+# the loops over taps
+
+
+@inline
+def convolve_row(x, offsets, places, at, taps, weights, start, bias, bias_at, count, step, y, y_at, y_step):
+    """y[j] = bias + sum over taps of x[j * step + offset] * weight, for GROUPs of j; a weight lies at its place."""
+    V = lanes(x)
+    first = load(bias, bias_at)
+    for j in range(0, count, GROUP):
+        a0 = a1 = a2 = a3 = a4 = a5 = a6 = first
+        from_x = at + j * step * V
+        for k in range(taps):
+            w = load(weights, start + places[k])
+            here = from_x + offsets[k]
+            a0 = fma(load(x, here), w, a0)
+            a1 = fma(load(x, here + step * V), w, a1)
+            a2 = fma(load(x, here + 2 * step * V), w, a2)
+            a3 = fma(load(x, here + 3 * step * V), w, a3)
+            a4 = fma(load(x, here + 4 * step * V), w, a4)
+            a5 = fma(load(x, here + 5 * step * V), w, a5)
+            a6 = fma(load(x, here + 6 * step * V), w, a6)
+        to = y_at + j * y_step * V
+        store(y, to, a0)
+        store(y, to + y_step * V, a1)
+        store(y, to + 2 * y_step * V, a2)
+        store(y, to + 3 * y_step * V, a3)
+        store(y, to + 4 * y_step * V, a4)
+        store(y, to + 5 * y_step * V, a5)
+        store(y, to + 6 * y_step * V, a6)
+
+
+@inline
+def correlate_row(x, offsets, at, taps, dy, dy_at, count, step, sums, sums_at):
+    """sums[tap] += sum over j of dy[j] * x[j * step + offset]; taps are a multiple of TAPS."""
+    V = lanes(x)
+    for k in range(0, taps, TAPS):
+        o0, o1, o2 = at + offsets[k], at + offsets[k + 1], at + offsets[k + 2]
+        o3, o4, o5 = at + offsets[k + 3], at + offsets[k + 4], at + offsets[k + 5]
+        o6, o7, o8 = at + offsets[k + 6], at + offsets[k + 7], at + offsets[k + 8]
+        to = sums_at + k * V
+        a0, a1, a2 = load(sums, to), load(sums, to + V), load(sums, to + 2 * V)
+        a3, a4, a5 = load(sums, to + 3 * V), load(sums, to + 4 * V), load(sums, to + 5 * V)
+        a6, a7, a8 = load(sums, to + 6 * V), load(sums, to + 7 * V), load(sums, to + 8 * V)
+        for j in range(count):
+            d = load(dy, dy_at + j * V)
+            here = j * step * V
+            a0 = fma(d, load(x, o0 + here), a0)
+            a1 = fma(d, load(x, o1 + here), a1)
+            a2 = fma(d, load(x, o2 + here), a2)
+            a3 = fma(d, load(x, o3 + here), a3)
+            a4 = fma(d, load(x, o4 + here), a4)
+            a5 = fma(d, load(x, o5 + here), a5)
+            a6 = fma(d, load(x, o6 + here), a6)
+            a7 = fma(d, load(x, o7 + here), a7)
+            a8 = fma(d, load(x, o8 + here), a8)
+        store(sums, to, a0)
+        store(sums, to + V, a1)
+        store(sums, to + 2 * V, a2)
+        store(sums, to + 3 * V, a3)
+        store(sums, to + 4 * V, a4)
+        store(sums, to + 5 * V, a5)
+        store(sums, to + 6 * V, a6)
+        store(sums, to + 7 * V, a7)
+        store(sums, to + 8 * V, a8)
+
+
+@inline
+def sum_row(x, at, count, sums, sums_at):
+    """sums += sum over j of x[j]."""
+    V = lanes(x)
+    total = load(sums, sums_at)
+    for j in range(count):
+        total = add(total, load(x, at + j * V))
+    store(sums, sums_at, total)
+
+
+@inline
+def moments_row(x, at, count, pivot, pivot_at, sums, squares):
+    """sums += sum over j of x[j] - pivot, squares of its square."""
+    V = lanes(x)
+    middle = load(pivot, pivot_at)
+    total, square = load(sums, pivot_at), load(squares, pivot_at)
+    for j in range(count):
+        d = subtract(load(x, at + j * V), middle)
+        total = add(total, d)
+        square = fma(d, d, square)
+    store(sums, pivot_at, total)
+    store(squares, pivot_at, square)
+
+
+@inline
+def flush(sums, totals):
+    """Add sums to their fp64 totals and start them again."""
+    V = lanes(sums)
+    zero = zeros(sums)
+    for at in range(0, sums.size, V):
+        add_wide(totals, at, load(sums, at))
+        store(sums, at, zero)
+
+
+# rows of an image, on their way in and out
+
+
+@inline
+def gather(x, at, places, step, count, row):
+    """row [count][channels]: the pixels of a row whose channels lie at these places, `step` apart."""
+    channels = places.size
+    for c in range(channels):
+        start = at + places[c]
+        for j in range(count):
+            row[j * channels + c] = x[start + j * step]
+
+
+@inline
+def scatter(row, places, step, count, x, at):
+    """The way back."""
+    channels = places.size
+    for c in range(channels):
+        start = at + places[c]
+        for j in range(count):
+            x[start + j * step] = row[j * channels + c]
+
+
+@inline
+def to_blocks(x, at, step, count, channels, M, ring, to, width):
+    """Pixels of so many channels, step apart, into a row of the ring, each channel M times."""
+    V = lanes(x)
+    whole = channels // V if M == 1 else 0
+    for j in range(count):
+        here, start = at + j * step, to + j * V
+        for b in range(whole):
+            store(ring, start + b * width * V, load(x, here + b * V))
+        for k in range(whole * V, channels * M):
+            ring[start + k // V * width * V + k % V] = x[here + k // M]
+
+
+@inline
+def from_blocks(ring, at, width, count, channels, M, x, to, step, past):
+    """The way back: sums over M. past: whether the stores shall go past the caches."""
+    V = lanes(x)
+    whole = channels // V if M == 1 else 0
+    for j in range(count):
+        here, start = at + j * V, to + j * step
+        if past:
+            for b in range(whole):
+                stream(x, start + b * V, load(ring, here + b * width * V))
+        else:
+            for b in range(whole):
+                store(x, start + b * V, load(ring, here + b * width * V))
+        for c in range(whole * V, channels):
+            total = ring[here + c * M // V * width * V + c * M % V]
+            for k in range(c * M + 1, c * M + M):
+                total += ring[here + k // V * width * V + k % V]
+            x[start + c] = total
+
+
+@inline
+def segment(channels, step):
+    """Pixels that go through the steps together: those of one piece of memory."""
+    return max(1, pending.LENGTH // channels) if step == channels else 1
+
+
+@inline
+def load_row(x, at, step, count, channels, M, scale, shift, kind, slope, buffer, ring, to, width):
+    """A row of the input, as pixels step apart; scale, shift: per segment."""
+    if scale.size == 0:
+        to_blocks(x, at, step, count, channels, M, ring, to, width)
+        return
+    pixels = segment(channels, step)
+    for j in range(0, count, pixels):
+        number = min(pixels, count - j)
+        z = buffer[: number * channels]
+        pending.affine(x[at + j * step : at + j * step + z.size], scale, shift, z)
+        pending.activate(z, kind, slope)
+        to_blocks(z, 0, channels, number, channels, M, ring, to + j * lanes(x), width)
+
+
+@inline
+def load_gradient_row(
+    g, y, at, step, count, channels, a, b, c, gate, gate_add, scale, shift, kind, slope, buffer, inner, ring, to, width
+):  # fmt: skip
+    """A row of the gradient of the output, as pixels step apart; vectors per segment."""
+    if a.size == 0 and gate.size == 0:
+        to_blocks(g, at, step, count, channels, 1, ring, to, width)
+        return
+    pixels = segment(channels, step)
+    for j in range(0, count, pixels):
+        number = min(pixels, count - j)
+        size = number * channels
+        begin = at + j * step
+        d = buffer[:size]
+        given = g[begin : begin + size]
+        if gate.size > 0:
+            u = inner[:size]
+            pending.affine(y[begin : begin + size], scale, shift, u)
+            pending.affine(given, gate, gate_add, d)
+            pending.differentiate(d, u, kind, slope)
+            given = d
+        if b.size > 0:
+            pending.combine(given, y[begin : begin + size], a, b, c, d)
+        elif a.size > 0:
+            for i in range(size):
+                d[i] = given[i] * a[i]
+        to_blocks(d, 0, channels, number, channels, 1, ring, to + j * lanes(g), width)
+
+
+@inline
+def spread(vector, first, channels, length):
+    """A task's part of a vector along a segment."""
+    return pending.spread(vector, first, channels, True, 1, length)
+
+
+@inline
+def put_pixels(row, count, channels, x, at, step, past):
+    """Pixels [count][channels] to where they lie step apart."""
+    V = lanes(x)
+    whole = channels // V
+    for j in range(count):
+        here, start = j * channels, at + j * step
+        if past:
+            for b in range(whole):
+                stream(x, start + b * V, load(row, here + b * V))
+        else:
+            for b in range(whole):
+                store(x, start + b * V, load(row, here + b * V))
+        for c in range(whole * V, channels):
+            x[start + c] = row[here + c]
+
+
+@inline
+def can_pass(address, strides, itemsize):
+    """Whether all pixels of an image begin at multiples of 64 bytes."""
+    return (address | strides[0] * itemsize | strides[2] * itemsize | strides[3] * itemsize) % 64 == 0
+
+
+@inline
+def range_of(part, parts, count):
+    """(first, end) of a part of so many."""
+    return part * count // parts, (part + 1) * count // parts
+
+
+# tasks
+
+
+@inline
+def forward_task(
+    task, geometry, plan, x, xs, sources, scale, shift, kind, slope, packed, biases, y, ys, past,
+    counts, pivots, sums, squares,
+):  # fmt: skip
+    N, C, M, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, shuffle = geometry
+    chunk, groups, strips = plan
+    chunks = (C + chunk - 1) // chunk
+    part, c0 = task // chunks, task % chunks * chunk
+    n0, n1 = range_of(part // strips, groups, N)
+    p0, p1 = range_of(part % strips, strips, P)
+    V, taps = lanes(x), R * S
+    channels = min(chunk, C - c0)
+    k0, ks = c0 * M, channels * M
+    blocks = (ks + V - 1) // V
+
+    reach = (R - 1) * dil_h + 1
+    width = max(W + pad_w, (up(Q, GROUP) - 1) * stride_w + (S - 1) * dil_w + 1)
+    slot = blocks * width * V
+    ring = aligned_zeros((reach + 1) * slot, x)  # the last is the rows outside the image
+    wide = up(Q, GROUP)
+    out = aligned_zeros(blocks * wide * V, x)
+    offsets, places = np.empty(taps, np.int64), np.arange(taps) * V
+
+    direct = xs[1] == 1 and shuffle == 1
+    step = xs[3] if direct else channels
+    pixels = segment(channels, step)
+    row = np.empty(0 if direct else W * channels, x.dtype)
+    from_x = (sources[c0 : c0 + channels] if not direct else sources[:0]) * xs[1]
+    to_y = (k0 + np.arange(0 if ys[1] == 1 else ks)) * ys[1]
+    plain = np.empty(0 if ys[1] == 1 else Q * ks, x.dtype)
+    buffer = np.empty(pixels * channels if scale.size > 0 else 0, x.dtype)
+    scales, shifts = (spread(scale, c0, channels, pixels * channels), spread(shift, c0, channels, pixels * channels))
+
+    measure = counts.size > 0
+    pivot = aligned_zeros(blocks * V if measure else 0, x)
+    run, square = aligned_zeros(pivot.size, x), aligned_zeros(pivot.size, x)
+    since = 0
+    for n in range(n0, n1):
+        following = 0
+        for p in range(p0, p1):
+            top = p * stride_h - pad_h
+            for h in range(max(following, top, 0), min(H, top + reach)):
+                at = n * xs[0] + h * xs[2]
+                to = h % reach * slot + pad_w * V
+                if direct:
+                    load_row(
+                        x, at + c0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width
+                    )  # fmt: skip
+                else:
+                    gather(x, at, from_x, xs[3], W, row)
+                    load_row(row, 0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width)
+            following = max(following, min(H, top + reach))
+            for r in range(R):
+                h = top + r * dil_h
+                at = (h % reach if h >= 0 and h < H else reach) * slot
+                for s in range(S):
+                    offsets[r * S + s] = at + s * dil_w * V
+            for b in range(blocks):
+                k = k0 + b * V
+                convolve_row(
+                    ring, offsets, places, b * width * V, taps, packed, k * taps, biases, k, Q, stride_w,
+                    out, b * wide * V, 1,
+                )  # fmt: skip
+            if measure:
+                if n == n0 and p == p0:
+                    for b in range(blocks):
+                        sum_row(out, b * wide * V, Q, pivot, b * V)
+                    for i in range(pivot.size):
+                        pivot[i] /= Q
+                for b in range(blocks):
+                    moments_row(out, b * wide * V, Q, pivot, b * V, run, square)
+                since += Q
+                if since >= RUN:
+                    flush(run, sums[part, k0 : k0 + blocks * V])
+                    flush(square, squares[part, k0 : k0 + blocks * V])
+                    since = 0
+            at = n * ys[0] + p * ys[2]
+            if ys[1] == 1:
+                from_blocks(out, 0, wide, Q, ks, 1, y, at + k0, ys[3], past)
+            else:
+                from_blocks(out, 0, wide, Q, ks, 1, plain, 0, ks, False)
+                scatter(plain, to_y, ys[3], Q, y, at)
+    if measure:
+        flush(run, sums[part, k0 : k0 + blocks * V])
+        flush(square, squares[part, k0 : k0 + blocks * V])
+        for i in range(blocks * V):
+            pivots[part, k0 + i] = pivot[i]
+        counts[part] = (n1 - n0) * (p1 - p0) * Q
+    fence()
+
+
+@call
+def forward(
+    like, threads, geometry, plan, x_at, scale_at, shift_at, kind, slope, weight_at, bias_at, y_at, past, mean_at,
+    var_at,
+):  # fmt: skip
+    """y, and with addresses for them the mean and the biased variance of y per channel."""
+    set_threads(threads)
+    C, M, R, S = geometry[1], geometry[2], geometry[7], geometry[8]
+    K = C * M
+    x, y = array_at(x_at[0], x_at[1], like), array_at(y_at[0], y_at[1], like)
+    sources = find_sources(C, geometry[15])
+    scale, shift = ordered(there(scale_at, C, like), sources), ordered(there(shift_at, C, like), sources)
+    packed, biases = pack(
+        array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(bias_at, K, like)
+    )  # fmt: skip
+    slope = like.dtype.type(slope)
+    parts = plan[1] * plan[2]
+    measured = parts if mean_at != 0 else 0
+    size = up(K, lanes(like))
+    counts, pivots = np.zeros(measured), np.zeros((measured, size))
+    sums, squares = np.zeros((measured, size)), np.zeros((measured, size))
+    passes = past != 0 and can_pass(y_at[0], y_at[2:], like.itemsize)
+    for task in numba.prange(parts * ((C + plan[0] - 1) // plan[0])):
+        forward_task(
+            task, geometry, plan, x, x_at[2:], sources, scale, shift, kind, slope, packed, biases, y, y_at[2:], passes,
+            counts, pivots, sums, squares,
+        )  # fmt: skip
+    if measured > 0:
+        mean, var = array_at(mean_at, K, like), array_at(var_at, K, like)
+        for k in range(K):
+            count, middle, spread_of = 0.0, 0.0, 0.0
+            for part in range(parts):
+                if counts[part] > 0:
+                    more = counts[part]
+                    shift_of = sums[part, k] / more
+                    difference = pivots[part, k] + shift_of - middle
+                    spread_of += squares[part, k] - sums[part, k] * shift_of
+                    spread_of += difference * difference * count * more / (count + more)
+                    count += more
+                    middle += difference * more / count
+            mean[k], var[k] = middle, max(spread_of, 0.0) / count if spread_of == spread_of else spread_of
+
+
+@inline
+def backward_task(
+    task, geometry, plan, x, xs, sources, scale, shift, kind, slope, scaled, packed, zero_bias,
+    g, y, gs, a, b, c, gate, gate_add, gated_scale, gated_shift, gated_kind, gated_slope, more, dx, dxs, past,
+    grad_weight, grad_bias, sums, needs_input,
+):  # fmt: skip
+    N, C, M, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, shuffle = geometry
+    chunk, groups, strips = plan
+    chunks = (C + chunk - 1) // chunk
+    part, c0 = task // chunks, task % chunks * chunk
+    n0, n1 = range_of(part // strips, groups, N)
+    # a step reads a row of dy and writes stride_h rows of dx: those that have no row of dy further down
+    p0, p1 = range_of(part % strips, strips, max(P, (H + pad_h + stride_h - 1) // stride_h))
+    V, taps = lanes(x), R * S
+    channels = min(chunk, C - c0)
+    k0, ks = c0 * M, channels * M
+    blocks = (ks + V - 1) // V
+    needs_weight, needs_bias = grad_weight.size > 0, grad_bias.size > 0
+
+    # rows of z
+    reach = (R - 1) * dil_h + 1
+    width = max(W + pad_w, (Q - 1) * stride_w + (S - 1) * dil_w + 1)
+    slot = blocks * width * V
+    ring = aligned_zeros((reach + 1) * slot if needs_weight else 0, x)
+    padded = up(taps, TAPS)
+    offsets, places = np.zeros(padded, np.int64), np.zeros(taps, np.int64)
+    run = aligned_zeros(blocks * padded * V if needs_weight else 0, x)
+    bias_run = aligned_zeros(blocks * V if needs_bias else 0, x)
+    since = 0
+    # rows of dy
+    behind = (R - 1) * dil_h // stride_h + 1
+    left = max(0, ((S - 1) * dil_w - pad_w + stride_w - 1) // stride_w)
+    across = up((W + stride_w - 1) // stride_w, GROUP)
+    dy_width = left + max(Q, across + (stride_w - 1 + pad_w) // stride_w + 1)
+    dy_slot = blocks * dy_width * V
+    dy_ring = aligned_zeros(behind * dy_slot, x)
+    # a row of dz
+    wide = across * stride_w
+    out = aligned_zeros(blocks * wide * V if needs_input else 0, x)
+
+    direct = xs[1] == 1 and shuffle == 1
+    step = xs[3] if direct else channels
+    pixels = segment(channels, step)
+    length = pixels * channels
+    row = np.empty(0 if direct else W * channels, x.dtype)
+    from_x = sources[: 0 if direct else channels].copy()
+    for i in range(from_x.size):
+        from_x[i] = sources[c0 + i] * xs[1]
+    scales, shifts = spread(scale, c0, channels, length), spread(shift, c0, channels, length)
+    buffer, inner = np.empty(length, x.dtype), np.empty(length, x.dtype)
+    products, plus = np.zeros(length), np.zeros(length)
+    product_run, plus_run = np.zeros(length, x.dtype), np.zeros(length, x.dtype)
+    segments = 0
+    # dx may lie in other strides than x: with the table
+    dx_direct = direct and dxs[1] == 1
+    dx_row = np.empty(0 if dx_direct else W * channels, x.dtype)
+    more_row = np.empty(dx_row.size if more.size > 0 else 0, x.dtype)
+    to_dx = sources[: 0 if dx_direct else channels].copy()
+    for i in range(to_dx.size):
+        to_dx[i] = sources[c0 + i] * dxs[1]
+    through = scale.size > 0 or more.size > 0
+
+    g_direct = gs[1] == 1
+    g_step = gs[3] if g_direct else ks
+    g_pixels = segment(ks, g_step)
+    g_row = np.empty(0 if g_direct else Q * ks, x.dtype)
+    y_row = np.empty(0 if g_direct or y.size == 0 else Q * ks, x.dtype)
+    from_g = (k0 + np.arange(0 if g_direct else ks)) * gs[1]
+    g_length = g_pixels * ks
+    of_g, of_y, constant = spread(a, k0, ks, g_length), spread(b, k0, ks, g_length), spread(c, k0, ks, g_length)
+    gated_scales, gated_shifts = spread(gated_scale, k0, ks, g_length), spread(gated_shift, k0, ks, g_length)
+    gates = np.empty(g_length if gate.size > 0 else 0, x.dtype)
+    gate_adds = np.empty(gates.size, x.dtype)
+    g_buffer, g_inner = np.empty(g_length, x.dtype), np.empty(g_length, x.dtype)
+
+    K = C * M
+    for n in range(n0, n1):
+        if gate.size > 0:
+            pending.fill(gate[n * K + k0 : n * K + k0 + ks], True, 1, gates)
+            pending.fill(gate_add[n * K + k0 : n * K + k0 + ks], True, 1, gate_adds)
+        following, p_following = 0, 0
+        for p in range(p0, p1):
+            top = p * stride_h - pad_h
+            for q in range(max(p_following, p - behind + 1 if needs_input else p, 0), min(P, p + 1)):
+                at = n * gs[0] + q * gs[2]
+                to = q % behind * dy_slot + left * V
+                if g_direct:
+                    load_gradient_row(
+                        g, y, at + k0, g_step, Q, ks, of_g, of_y, constant, gates, gate_adds,
+                        gated_scales, gated_shifts, gated_kind, gated_slope, g_buffer, g_inner, dy_ring, to, dy_width,
+                    )  # fmt: skip
+                else:
+                    gather(g, at, from_g, gs[3], Q, g_row)
+                    if y.size > 0:
+                        gather(y, at, from_g, gs[3], Q, y_row)
+                    load_gradient_row(
+                        g_row, y_row, 0, g_step, Q, ks, of_g, of_y, constant, gates, gate_adds,
+                        gated_scales, gated_shifts, gated_kind, gated_slope, g_buffer, g_inner, dy_ring, to, dy_width,
+                    )  # fmt: skip
+            p_following = min(P, p + 1)
+            if p < P and needs_bias:
+                for block in range(blocks):
+                    sum_row(dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, bias_run, block * V)
+            if p < P and needs_weight:
+                for h in range(max(following, top, 0), min(H, top + reach)):
+                    at = n * xs[0] + h * xs[2]
+                    to = h % reach * slot + pad_w * V
+                    if direct:
+                        load_row(
+                            x, at + c0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width
+                        )  # fmt: skip
+                    else:
+                        gather(x, at, from_x, xs[3], W, row)
+                        load_row(row, 0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width)
+                following = max(following, min(H, top + reach))
+                for r in range(R):
+                    h = top + r * dil_h
+                    at = (h % reach if h >= 0 and h < H else reach) * slot
+                    for s in range(S):
+                        offsets[r * S + s] = at + s * dil_w * V
+                for k in range(taps, padded):
+                    offsets[k] = 0
+                for block in range(blocks):
+                    correlate_row(
+                        ring, offsets, block * width * V, padded,
+                        dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, stride_w,
+                        run, block * padded * V,
+                    )  # fmt: skip
+            if p < P:
+                since += Q
+                if since >= RUN:
+                    if needs_weight:
+                        flush(run, grad_weight[part, k0 * padded : k0 * padded + run.size])
+                    if needs_bias:
+                        flush(bias_run, grad_bias[part, k0 : k0 + bias_run.size])
+                    since = 0
+            if not needs_input:
+                continue
+            for h in range(max(top, 0), min(H, top + stride_h)):
+                for phase in range(min(stride_w, W)):
+                    count = 0
+                    for r in range(R):
+                        above = h + pad_h - r * dil_h
+                        q = above // stride_h
+                        if above % stride_h != 0 or q < 0 or q >= P:
+                            continue
+                        for s in range(S):
+                            aside = phase + pad_w - s * dil_w
+                            if aside % stride_w == 0:
+                                offsets[count] = q % behind * dy_slot + (left + aside // stride_w) * V
+                                places[count] = (r * S + s) * V
+                                count += 1
+                    for block in range(blocks):
+                        convolve_row(
+                            dy_ring, offsets, places, block * dy_width * V, count, packed, (k0 + block * V) * taps,
+                            zero_bias, 0, (W - phase + stride_w - 1) // stride_w, 1,
+                            out, (block * wide + phase) * V, stride_w,
+                        )  # fmt: skip
+                at, to = n * xs[0] + h * xs[2] + c0, n * dxs[0] + h * dxs[2]
+                if not through:
+                    if dx_direct:
+                        from_blocks(out, 0, wide, W, channels, M, dx, to + c0, dxs[3], past)
+                    else:
+                        from_blocks(out, 0, wide, W, channels, M, dx_row, 0, channels, False)
+                        scatter(dx_row, to_dx, dxs[3], W, dx, to)
+                    continue
+                if not direct and scale.size > 0:
+                    gather(x, at - c0, from_x, xs[3], W, row)
+                if not dx_direct and more.size > 0:
+                    gather(more, to, to_dx, dxs[3], W, more_row)
+                for j in range(0, W, pixels):
+                    number = min(pixels, W - j)
+                    size = number * channels
+                    d = buffer[:size]
+                    from_blocks(out, j * V, wide, number, channels, M, d, 0, channels, False)
+                    if scale.size > 0:
+                        xj = x[at + j * step : at + j * step + size] if direct else row[j * step : j * step + size]
+                        if kind == pending.RELU:
+                            pending.relu_gradient(d, xj, scales, shifts, product_run, plus_run)
+                        else:
+                            u = inner[:size]
+                            pending.affine(xj, scales, shifts, u)
+                            pending.differentiate(d, u, kind, slope)
+                            pending.add_products(d, xj, product_run, plus_run)
+                        segments += 1
+                        if segments % pending.RUN == 0:
+                            pending.flush(product_run, products)
+                            pending.flush(plus_run, plus)
+                        if scaled:
+                            pending.multiply(d, scales)
+                    if more.size > 0:
+                        begin = to + c0 + j * dxs[3] if dx_direct else j * channels
+                        source = more if dx_direct else more_row
+                        for i in range(size):
+                            d[i] += source[begin + i]
+                    if dx_direct:
+                        put_pixels(d, number, channels, dx, to + c0 + j * dxs[3], dxs[3], past)
+                    else:
+                        dx_row[j * channels : j * channels + size] = d
+                if not dx_direct:
+                    scatter(dx_row, to_dx, dxs[3], W, dx, to)
+    if needs_weight:
+        flush(run, grad_weight[part, k0 * padded : k0 * padded + run.size])
+    if needs_bias:
+        flush(bias_run, grad_bias[part, k0 : k0 + bias_run.size])
+    if sums.size > 0:
+        pending.flush(product_run, products)
+        pending.flush(plus_run, plus)
+        pending.fold(products, True, 1, sums[0, part, c0 : c0 + channels])
+        pending.fold(plus, True, 1, sums[1, part, c0 : c0 + channels])
+    fence()
+
+
+@call
+def backward(
+    like, threads, geometry, plan, x_at, scale_at, shift_at, kind, slope, scaled, weight_at, g_at, y_at,
+    a_at, b_at, c_at, gate_at, gate_add_at, gated_scale_at, gated_shift_at, gated_kind, gated_slope,
+    add_at, dx_at, past, grad_weight_at, grad_bias_at, sums_at,
+):  # fmt: skip
+    """dx, grad_weight and grad_bias, each unless its address is 0; with sums_at those of du * x and of du [2, C].
+
+    y has the strides of g, add those of dx.
+    """
+    set_threads(threads)
+    N, C, M, R, S = geometry[0], geometry[1], geometry[2], geometry[7], geometry[8]
+    K, padded = C * M, up(R * S, TAPS)
+    x, g = array_at(x_at[0], x_at[1], like), array_at(g_at[0], g_at[1], like)
+    y, dx, more = there(y_at, g_at[1], like), there(dx_at[0], dx_at[1], like), there(add_at, dx_at[1], like)
+    sources = find_sources(C, geometry[15])
+    scale, shift = ordered(there(scale_at, C, like), sources), ordered(there(shift_at, C, like), sources)
+    packed, zero_bias = pack(array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(0, K, like))
+    a, b, c = there(a_at, K, like), there(b_at, K, like), there(c_at, K, like)
+    gate, gate_add = there(gate_at, N * K, like), there(gate_add_at, N * K, like)
+    gated_scale, gated_shift = there(gated_scale_at, K, like), there(gated_shift_at, K, like)
+    slope, gated_slope = like.dtype.type(slope), like.dtype.type(gated_slope)
+    parts, chunks, size = plan[1] * plan[2], (C + plan[0] - 1) // plan[0], up(K, lanes(like))
+    weights = np.zeros((parts, size * padded if grad_weight_at[0] != 0 else 0))
+    biases = np.zeros((parts, size if grad_bias_at != 0 else 0))
+    sums = np.zeros((2, parts, C if sums_at != 0 else 0))
+    needs_input = dx_at[0] != 0
+    passes = past != 0 and needs_input and can_pass(dx_at[0], dx_at[2:], like.itemsize)
+    for task in numba.prange(parts * chunks):
+        backward_task(
+            task, geometry, plan, x, x_at[2:], sources, scale, shift, kind, slope, scaled != 0, packed, zero_bias,
+            g, y, g_at[2:], a, b, c, gate, gate_add, gated_scale, gated_shift, gated_kind, gated_slope,
+            more, dx, dx_at[2:], passes, weights, biases, sums, needs_input,
+        )  # fmt: skip
+    if grad_weight_at[0] != 0:
+        grad_weight, strides = array_at(grad_weight_at[0], grad_weight_at[1], like), grad_weight_at[2:]
+        V = lanes(like)
+        total = np.zeros(size * padded)
+        for part in range(parts):
+            for i in range(total.size):
+                total[i] += weights[part, i]
+        for k in range(K):
+            for r in range(R):
+                for s in range(S):
+                    value = total[(k // V * padded + r * S + s) * V + k % V]
+                    grad_weight[k * strides[0] + r * strides[1] + s * strides[2]] = value
+    if grad_bias_at != 0:
+        grad_bias = array_at(grad_bias_at, K, like)
+        for k in range(K):
+            value = 0.0
+            for part in range(parts):
+                value += biases[part, k]
+            grad_bias[k] = value
+    if sums_at != 0:
+        result = array_at(sums_at, 2 * C, like)
+        for i in range(2):
+            for k in range(C):
+                value = 0.0
+                for part in range(parts):
+                    value += sums[i, part, k]
+                result[i * C + sources[k]] = value
