@@ -61,6 +61,8 @@ EVERY = {"max_pool2d": 7} if INTERPRET else {}
 KEEP_LAYOUT = ("instance_norm",)
 # of a row of one element PyTorch's gradient is rounding times 1 / sqrt(eps), and ours the truth, 0
 TOLERANCES = {"layer_norm": dict(rtol=1.3e-6, atol=1e-4)}
+# what takes some of an op's calls
+ALSO = {"conv2d": "depthwise_conv2d"}
 
 
 def test_all_ops_have_samples():
@@ -199,13 +201,15 @@ if INTERPRET:
     @pytest.mark.parametrize("name", INFOS)
     def test_our_kernels_ran_the_samples(name):
         """The comparison above means something only where our kernel ran: it takes at least nine samples of ten."""
-        op = next(op for op in OPS if op.name == name)
-        op.calls.clear()
+        ops = [op for op in OPS if op.name in (name, ALSO.get(name))]
+        for op in ops:
+            op.calls.clear()
         samples = list(INFOS[name].sample_inputs("cpu", torch.float32, requires_grad=False))[:: EVERY.get(name, 1)]
         with fastcnn.backend("triton"):
             for sample in samples:
                 getattr(F, name)(sample.input, *sample.args, **sample.kwargs)
         ran = Counter()
-        for (backend, reason), count in op.calls.items():
-            ran[backend if backend == "triton" else reason] += count
+        for op in ops:
+            for (backend, reason), count in op.calls.items():
+                ran[backend if backend == "triton" else reason] += count
         assert ran["triton"] >= 0.9 * len(samples), dict(ran)
