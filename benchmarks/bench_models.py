@@ -22,6 +22,7 @@ from fastcnn.benchmarks.harness import AGAIN, TORCH, restored_switches, set_swit
 from fastcnn.benchmarks.judge import REFERENCES
 from fastcnn.benchmarks.timing import ceilings, dtype_name, measure, peak_bytes, saved_bytes
 from fastcnn.benchmarks.training_step import WARM_UP, Expected, Graph, Step, loss_of, with_layers
+from fastcnn.nn import Block
 
 PASSES = ("forward", "backward", "optimizer", "step")  # forward: with the loss, and clearing the gradients
 GRAPHED = ("torch-nhwc", "fastcnn", "fastcnn-auto", "fastcnn-chain")  # providers that are also captured in a CUDA graph
@@ -46,9 +47,16 @@ def run(names, providers, device, quick, results_folder, deadline=None, parts=Fa
         list of rows, of all that was measured.
 
     Raises:
-        ValueError: a network is unknown, and nothing was measured; or it is no image classifier.
+        ValueError: a network is unknown or made of fastcnn's blocks, and nothing was measured; or it is no image
+            classifier.
     """
     models = {name: networks.build(name) for name in names}
+    for name, model in models.items():
+        if any(isinstance(module, Block) for module in model.modules()):
+            raise ValueError(
+                f"{name} runs on fastcnn's fused chain whatever its layers are: PyTorch has no form of it to measure "
+                "against: name the network of torchvision or timm, which the provider fastcnn-chain converts"
+            )
     if quick and "compile-max" in providers:
         providers = [provider for provider in providers if provider != "compile-max"]
         print("compile-max is left out of quick runs of networks: compiling takes minutes")

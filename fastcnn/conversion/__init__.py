@@ -12,6 +12,7 @@ from fastcnn.conversion.layers import OP_OF, OPS, OURS, op_of
 from fastcnn.conversion.report import Report, Row
 from fastcnn.conversion.verify import verify
 from fastcnn.names import check_name
+from fastcnn.nn.blocks import Block
 
 __all__ = ["convert", "revert", "verify"]
 
@@ -113,6 +114,7 @@ def _fuse(model, named, rows, ops, excluded):
                 for inner, reason in program.opaque.items():
                     inner = (unit.prefix + inner).rstrip(".")
                     rows[inner] = Row(inner, type(model.get_submodule(inner)).__name__, "kept", reason)
+    blocks = tuple(f"{name}." if name else "" for name, module in named if isinstance(module, Block))
     for name, module in named:
         row = rows[name]
         if name in fates:
@@ -123,7 +125,7 @@ def _fuse(model, named, rows, ops, excluded):
                 rows[name] = row._replace(note=f"{row.note}; not fused: {missed[0].note}")
             elif row is None or row.note != "not selected":
                 rows[name] = Row(name, type(module).__name__, "kept", missed[0].note)
-        elif row is not None and row.done == "swapped" and row.cls in FUSIBLE:
+        elif row is not None and row.done == "swapped" and row.cls in FUSIBLE and not name.startswith(blocks):
             rows[name] = row._replace(note=f"{row.note}; not fused: no forward that was recorded calls it")
 
 

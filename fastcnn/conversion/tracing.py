@@ -18,6 +18,7 @@ from torch.fx.proxy import Attribute
 
 from fastcnn.conversion.surroundings import Calls, Generators, Untraceable, ambient_state, read_by
 from fastcnn.conversion.watched import SIMPLE, Watched, has_hooks, put_back
+from fastcnn.nn.blocks import Block
 
 # modules of other libraries that are one step of a graph, by class name and the start of the module path: their
 # forwards count batches in a buffer or draw random numbers
@@ -51,7 +52,7 @@ def is_others_layer(module):
 
 def is_known_leaf(module):
     """Whether the module is one step of a graph by its class."""
-    if is_others_layer(module):
+    if is_others_layer(module) or isinstance(module, Block):
         return True
     if isinstance(module, (torch.nn.Sequential, torch.fx.GraphModule)):
         return False

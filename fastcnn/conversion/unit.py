@@ -21,6 +21,7 @@ from fastcnn.conversion.program import compile_graph
 from fastcnn.conversion.surroundings import Untraceable
 from fastcnn.conversion.tracing import is_known_leaf, is_others_layer, trace
 from fastcnn.conversion.watched import SIMPLE, Watched
+from fastcnn.nn.blocks import Block
 
 MAX_TRACES = 24  # in a row, none used twice: a module that changes itself all the time runs as it is
 MAX_PROGRAMS = 8  # kept of one situation
@@ -131,6 +132,14 @@ class Unit:
         else:
             install(inner, self.inner(name))
 
+    def install_in_block(self, block, prefix):
+        # the block itself runs on the chain, and so do containers in it; it may hold modules that do not
+        for name, child in block.named_children():
+            if type(child) is torch.nn.Sequential:
+                self.install_in_block(child, f"{prefix}{name}.")
+            else:
+                install(child, self.inner(prefix + name))
+
     def install_inside(self, module, prefix):
         for name, child in module.named_children():
             install(child, self.inner(prefix + name))
@@ -157,6 +166,9 @@ def why_not_unit(module):
 def install(module, unit):
     """Convert a module, or what is inside if its own forward cannot be recorded."""
     if KEY in vars(module) or is_others_layer(module) or isinstance(module, parametrize.ParametrizationList):
+        return
+    if isinstance(module, Block):
+        unit.install_in_block(module, "")
         return
     why = why_not_unit(module)
     if why is None:
