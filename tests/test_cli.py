@@ -14,6 +14,7 @@ from PIL import Image
 
 from fastcnn.cli import _parser, _train_config, main
 from fastcnn.data import load_data
+from fastcnn.models import list_models
 from fastcnn.train import load_run, loop
 
 
@@ -167,4 +168,4 @@ def test_as_a_process(tmp_path):
     assert err.strip() == f"fastcnn: stopped; continue with: fastcnn train --resume --out {tmp_path / 'run'}"
     out, err = mistake.communicate(timeout=60)
     assert mistake.returncode == 2 and out == ""
-    assert err == "fastcnn: error: unknown model 'lenet': did you mean 'lenet5'? there are lenet5\n"
+    assert err == f"fastcnn: error: unknown model 'lenet': did you mean 'lenet5'? there are {', '.join(list_models())}\n"
