@@ -168,4 +168,5 @@ def test_as_a_process(tmp_path):
     assert err.strip() == f"fastcnn: stopped; continue with: fastcnn train --resume --out {tmp_path / 'run'}"
     out, err = mistake.communicate(timeout=60)
     assert mistake.returncode == 2 and out == ""
-    assert err == f"fastcnn: error: unknown model 'lenet': did you mean 'lenet5'? there are {', '.join(list_models())}\n"
+    known = ", ".join(list_models())
+    assert err == f"fastcnn: error: unknown model 'lenet': did you mean 'lenet5'? there are {known}\n"
