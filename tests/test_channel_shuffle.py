@@ -10,8 +10,9 @@ from torch import nn
 
 import fastcnn
 from fastcnn import chain
+from fastcnn.benchmarks.training_step import errors
 from fastcnn.ops import channel_order
-from fastcnn.testing import assert_close_to_truth
+from fastcnn.testing import FLOORS
 
 LANES = ("triton", "cpu")
 
@@ -187,20 +188,27 @@ def grads_of(model, x, api):
     return [y.detach(), leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-@pytest.mark.parametrize("channels, depth", [(4, 2), (10, 3)] if INTERPRET else [(10, 4), (58, 3)])
+@pytest.mark.parametrize("channels, depth", [(4, 2), (10, 3)] if INTERPRET else [(2, 5), (10, 4), (58, 7)])
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_units_in_fp32_within_the_error_rule(lane, channels, depth, channels_last):
+def test_units(lane, channels, depth, channels_last):
     if INTERPRET and channels_last != (channels > 4):
         pytest.skip("the CPU lane has both")
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = torch.randn(2, 3, 4, 5, device=lane.device).contiguous(memory_format=layout)
+    x = torch.randn(3, 3, 4, 5, device=lane.device).contiguous(memory_format=layout)
     results = []
-    for api, dtype in ((chain, torch.float32), (Plain, torch.float32), (Plain, torch.float64)):
+    for api, dtype in ((chain, torch.float32), (Plain, torch.float32), (chain, torch.float64), (Plain, torch.float64)):
         torch.manual_seed(0)
-        results.append(grads_of(Unit(channels, depth).to(lane.device, dtype), x.to(dtype), api))
-    assert results[0][0].is_contiguous(memory_format=layout)
-    for i, (mine, theirs, truth) in enumerate(zip(*results, strict=True)):
-        assert_close_to_truth(str(i), mine, theirs, truth.double(), torch.float32)
+        y, *found = grads_of(Unit(channels, depth).to(lane.device, dtype), x.to(dtype), api)
+        results.append((y.square().sum(), {str(i): t for i, t in enumerate(found) if t.is_floating_point()}))
+        assert y.is_contiguous(memory_format=layout) or api is Plain
+    *results, truth = results
+    torch.testing.assert_close(results.pop(), truth, rtol=1e-8, atol=1e-9)
+    if channels == 2:
+        return  # batch norm of a scaled channel alone: every gradient before it is zero, and all that there is rounding
+    (loss, relative), (stock_loss, stock_relative) = (errors(result, truth) for result in results)
+    # rounding grows through the units: a tensor's error is measured by the largest of PyTorch's
+    assert loss <= 2 * stock_loss + FLOORS[torch.float32] * float(truth[0])
+    assert max(relative.values()) <= 2 * max(stock_relative.values())
 
 
 def test_units_copy_what_they_read_and_nothing_else(monkeypatch):
