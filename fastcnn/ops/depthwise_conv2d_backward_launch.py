@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from fastcnn.ops import common
+from fastcnn.ops import depthwise_conv2d_backward_sliding as sliding
 from fastcnn.ops.conv2d_gather import kernel_strides, needs_int64
 from fastcnn.ops.conv_layout import empty_grad_weight, empty_image
 from fastcnn.ops.conv_sums import accumulator_dtype, sum_slabs
@@ -26,7 +27,11 @@ def backward(
         grad_output, input, weight, stride, padding, dilation, channels_last, correction, gated, pending, shuffle
     )  # fmt: skip
     with common.device_guard(input):
-        return _general(problem, needs, add)
+        if not sliding.can(problem):
+            return _general(_corrected(problem), needs, add)
+        if not sliding.corrects(problem):
+            problem = _corrected(problem)
+        return Gradients(*sliding.run(problem, needs, add))
 
 
 class _Problem(NamedTuple):
@@ -66,11 +71,6 @@ class _Problem(NamedTuple):
         )  # fmt: skip
 
     @property
-    def on_load(self):
-        """Arguments of every kernel: what it makes the gradient of the raw output of."""
-        return self.grad_output, self.y, *self.vectors
-
-    @property
     def vectors_of_input(self):
         return (None, None) if self.pending is None else self.pending[:2]
 
@@ -81,8 +81,6 @@ class _Problem(NamedTuple):
         return dict(
             STRIDE_H=self.stride[0],
             STRIDE_W=self.stride[1],
-            GATED=self.gated[0],
-            GATED_SLOPE=self.gated[1],
             PENDING=None if pending is None else pending.activation,
             PENDING_SLOPE=0.0 if pending is None else pending.slope,
         )
@@ -113,6 +111,30 @@ def _block(image):
     return most // across, across
 
 
+def _corrected(problem):
+    """The problem whose grad_output is what correction and gate make of this one's, in a pass of its own."""
+    from fastcnn.kernels.triton.depthwise_conv2d_backward import depthwise_conv2d_corrected_kernel
+
+    dy, (a, *_), (gated, slope) = problem.grad_output, problem.vectors, problem.gated
+    if a is None and gated is None:
+        return problem
+    n, k, p, q = dy.shape
+    out = empty_image(dy, k, (p, q), problem.channels_last)
+    if dy.numel() > 0:
+        block_m, block_k = _block(out)
+        depthwise_conv2d_corrected_kernel[(-(-n * p * q // block_m) * -(-k // block_k),)](
+            *(dy, problem.y, *problem.vectors, out, n * p * q, k, p, q),
+            *kernel_strides(dy),
+            *kernel_strides(out),
+            GATED=gated,
+            GATED_SLOPE=slope,
+            INT64=needs_int64(n * p * q, dy, out),
+            BLOCK_M=block_m,
+            BLOCK_K=block_k,
+        )
+    return problem._replace(grad_output=out, y=None, vectors=(None,) * 7, gated=(None, 0.0))
+
+
 def _general_input(problem, add):
     """grad_input and, with pending, its sums."""
     from fastcnn.kernels.triton.depthwise_conv2d_backward import depthwise_conv2d_backward_input_kernel
@@ -129,8 +151,7 @@ def _general_input(problem, add):
     count, share = _shares(pixels, tiles, block_m)
     sums = None if pending is None else new_sums(torch.empty, count)
     depthwise_conv2d_backward_input_kernel[(count * tiles,)](
-        *problem.on_load,
-        *(weight, None if pending is None else x, *problem.vectors_of_input, add, grad, sums),
+        *(dy, weight, None if pending is None else x, *problem.vectors_of_input, add, grad, sums),
         *(pixels, c, h, w, *dy.shape[2:], *weight.shape[2:], share, *problem.padding),
         *kernel_strides(dy),
         *(weight.stride(0), weight.stride(2), weight.stride(3)),
@@ -171,8 +192,7 @@ def _general_weight(problem, need_bias):
         new = lambda size: torch.empty((count, size), dtype=accumulator_dtype(dy.dtype), device=dy.device)
         parts, bias_parts = new(grad.numel()), new(k) if need_bias else None
     depthwise_conv2d_backward_weight_kernel[(count * tiles,)](
-        *problem.on_load,
-        *(x, *problem.vectors_of_input, parts, bias_parts),
+        *(dy, x, *problem.vectors_of_input, parts, bias_parts),
         *(pixels, k, *x.shape[2:], p, q, r, s, share, *problem.padding),
         *kernel_strides(dy),
         *kernel_strides(x),

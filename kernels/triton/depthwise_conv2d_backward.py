@@ -1,9 +1,9 @@
 """Both gradients of a depthwise convolution, whatever its filters, strides, dilation and layout: one kernel for each.
 
-No sum over channels, so a program works on pixels x channels and loops over the taps at run time. What it reads of the
-gradient of the output is corrected on load; the input's side applies a pending activation and its gradient. Every tap
-reads its pixels again, from the caches: small filters in channels_last have kernels of their own
-(depthwise_conv2d_sliding).
+No sum over channels, so a program works on pixels x channels and loops over the taps at run time. The input's side
+applies a pending activation and its gradient. Every tap reads its pixels again, from the caches, so that what is done
+to the gradient of the output is done before, by a pass of its own. Small filters in channels_last have a kernel that
+reads everything once (depthwise_conv2d_sliding_backward).
 """
 
 import triton
@@ -24,26 +24,51 @@ def channels_of(ptr, c, inside):
     return accumulator(tl.load(ptr + c, mask=inside, other=0.0))
 
 
-@triton.jit
-def corrected_gradient(
-    dy_ptr,
-    y_ptr,
-    offsets,  # of both: [pixels, channels]
-    inside,
-    n,  # image: [pixels]
-    k,  # [channels]
-    K,
+@triton.jit(do_not_specialize=["M", "P", "Q"])
+def depthwise_conv2d_corrected_kernel(
+    dy_ptr,  # [N, K, P, Q]
+    y_ptr,  # laid out as dy
     a_ptr,  # correction
     b_ptr,
     c_ptr,
-    gate_ptr,  # gated
+    gate_ptr,  # gated: [N, K]
     gate_add_ptr,
     gate_scale_ptr,
     gate_shift_ptr,
-    GATED: tl.constexpr,
+    out_ptr,  # [N, K, P, Q]
+    M,  # N * P * Q
+    K,
+    P,
+    Q,
+    dy_n,
+    dy_k,
+    dy_p,
+    dy_q,
+    out_n,
+    out_k,
+    out_p,
+    out_q,
+    GATED: tl.constexpr,  # activation, None if there is no gate
     GATED_SLOPE: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """The gradient of the convolution's raw output, zero where `inside` is false."""
+    # one program computes the gradient of the convolution's raw output for BLOCK_M pixels x BLOCK_K channels
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    row = tl.program_id(0) // tiles_k
+    k = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    if INT64:
+        row = row.to(tl.int64)
+        k = k.to(tl.int64)
+        M = M.to(tl.int64)
+    m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = m // (P * Q)
+    p = m % (P * Q) // Q
+    q = m % Q
+    real = k < K
+    inside = (m < M)[:, None] & real[None, :]
+    offsets = (n * dy_n + p * dy_p + q * dy_q)[:, None] + (k * dy_k)[None, :]
     dy = accumulator(tl.load(dy_ptr + offsets, mask=inside, other=0.0))
     if y_ptr is not None:
         y = accumulator(tl.load(y_ptr + offsets, mask=inside, other=0.0))
@@ -51,31 +76,21 @@ def corrected_gradient(
         per_image = (n * K)[:, None] + k[None, :]
         gate = tl.load(gate_ptr + per_image, mask=inside, other=0.0)
         more = tl.load(gate_add_ptr + per_image, mask=inside, other=0.0)
-        scale = channels_of(gate_scale_ptr, k, k < K)[None, :]
-        shift = channels_of(gate_shift_ptr, k, k < K)[None, :]
+        scale = channels_of(gate_scale_ptr, k, real)[None, :]
+        shift = channels_of(gate_shift_ptr, k, real)[None, :]
         dy = pending_activation_backward(dy * gate + more, y, scale, shift, GATED_SLOPE, GATED)
-    if a_ptr is not None:
-        a = channels_of(a_ptr, k, k < K)[None, :]
-        if b_ptr is not None:
-            dy = corrected(dy, y, a, channels_of(b_ptr, k, k < K)[None, :], channels_of(c_ptr, k, k < K)[None, :])
-        else:
-            dy = dy * a
-    if GATED is not None or b_ptr is not None:
-        dy = tl.where(inside, dy, 0.0)
-    return dy
+    if b_ptr is not None:
+        a = channels_of(a_ptr, k, real)[None, :]
+        dy = corrected(dy, y, a, channels_of(b_ptr, k, real)[None, :], channels_of(c_ptr, k, real)[None, :])
+    elif a_ptr is not None:
+        dy = dy * channels_of(a_ptr, k, real)[None, :]
+    offsets = (n * out_n + p * out_p + q * out_q)[:, None] + (k * out_k)[None, :]
+    tl.store(out_ptr + offsets, dy.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "R", "S", "share", "pad_h", "pad_w"])
 def depthwise_conv2d_backward_input_kernel(
     dy_ptr,  # [N, K, P, Q]
-    y_ptr,  # laid out as dy
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    gate_ptr,  # [N, K]
-    gate_add_ptr,
-    gate_scale_ptr,
-    gate_shift_ptr,
     w_ptr,  # [K, 1, R, S]
     x_ptr,  # with a pending activation: [N, C, H, W]
     scale_ptr,
@@ -119,8 +134,6 @@ def depthwise_conv2d_backward_input_kernel(
     DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr,  # filters per channel
     SHUFFLE: tl.constexpr,  # groups of channels that were shuffled, 1 for none
-    GATED: tl.constexpr,  # activation, None if there is no gate
-    GATED_SLOPE: tl.constexpr,
     PENDING: tl.constexpr,  # activation of x, None if it is plain
     PENDING_SLOPE: tl.constexpr,
     SCALED: tl.constexpr,  # dx is the gradient of x, else that of x * scale + shift
@@ -139,7 +152,6 @@ def depthwise_conv2d_backward_input_kernel(
         c = c.to(tl.int64)
         step = step.to(tl.int64)
         M = M.to(tl.int64)
-    K = C * MULTIPLIER
     z = c
     if SHUFFLE > 1:  # puts channel i of group g at i * SHUFFLE + g
         size = C // SHUFFLE
@@ -169,10 +181,7 @@ def depthwise_conv2d_backward_input_kernel(
                     q = q // STRIDE_W
                     hits = inside & (hits & (q < Q))[:, None]
                     offsets = (n * dy_n + p * dy_p + q * dy_q)[:, None] + (k * dy_k)[None, :]
-                    dy = corrected_gradient(
-                        dy_ptr, y_ptr, offsets, hits, n, k, K, a_ptr, b_ptr, c_ptr,
-                        gate_ptr, gate_add_ptr, gate_scale_ptr, gate_shift_ptr, GATED, GATED_SLOPE,
-                    )  # fmt: skip
+                    dy = accumulator(tl.load(dy_ptr + offsets, mask=hits, other=0.0))
                     tap = channels_of(w_ptr + r * w_r + s * w_s, k * w_k, c < C)
                     # an infinite weight counts only where it has something to weigh
                     dz += tl.where(hits, dy * tap[None, :], 0.0)
@@ -197,14 +206,6 @@ def depthwise_conv2d_backward_input_kernel(
 @triton.jit(do_not_specialize=["M", "H", "W", "P", "Q", "R", "S", "share", "pad_h", "pad_w"])
 def depthwise_conv2d_backward_weight_kernel(
     dy_ptr,  # [N, K, P, Q]
-    y_ptr,  # laid out as dy
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    gate_ptr,  # [N, K]
-    gate_add_ptr,
-    gate_scale_ptr,
-    gate_shift_ptr,
     x_ptr,  # [N, C, H, W]
     scale_ptr,
     shift_ptr,
@@ -238,8 +239,6 @@ def depthwise_conv2d_backward_weight_kernel(
     DILATION_W: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     SHUFFLE: tl.constexpr,
-    GATED: tl.constexpr,
-    GATED_SLOPE: tl.constexpr,
     PENDING: tl.constexpr,
     PENDING_SLOPE: tl.constexpr,
     INT64: tl.constexpr,
@@ -280,10 +279,7 @@ def depthwise_conv2d_backward_weight_kernel(
         q = m % Q
         real = (m < M)[:, None] & (k < K)[None, :]
         offsets = (n * dy_n + p * dy_p + q * dy_q)[:, None] + (k * dy_k)[None, :]
-        dy = corrected_gradient(
-            dy_ptr, y_ptr, offsets, real, n, k, K, a_ptr, b_ptr, c_ptr,
-            gate_ptr, gate_add_ptr, gate_scale_ptr, gate_shift_ptr, GATED, GATED_SLOPE,
-        )  # fmt: skip
+        dy = accumulator(tl.load(dy_ptr + offsets, mask=real, other=0.0))
         if db_ptr is not None:
             total += dy
         h = p * STRIDE_H - pad_h + r * DILATION_H

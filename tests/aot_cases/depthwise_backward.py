@@ -26,6 +26,19 @@ def depthwise_conv2d_backward():
         weight = t(k, 1, filter, filter, dtype=dtype, channels_last=False)
         return lambda: backward(dy, x, weight, *geometry, channels_last, (True, True, bias), **options)
 
+    yield "mobilenetv2 3x3", case(256, 144, 56, 3, activation="relu6")
+    yield "mobilenetv2 3x3 stride 2", case(256, 96, 112, 3, 2, activation="relu6")
+    yield "efficientnet 3x3, gate and sum", case(256, 480, 14, 3, activation="silu", gated="silu", add=True, bias=True)
+    yield "efficientnet 3x3 stride 2", case(256, 240, 28, 3, 2, activation="silu", gated="silu", add=True)
+    yield "efficientnet 5x5", case(256, 240, 28, 5, activation="silu", gated="silu", add=True)
+    yield "efficientnet 5x5 stride 2", case(256, 144, 56, 5, 2, activation="silu", gated="silu", add=True)
+    yield "convnext 7x7", case(64, 96, 56, 7, corrected=False, bias=True, dtype=fp16)
+    yield "7x7 stride 2", case(64, 96, 55, 7, 2, activation="silu", add=True)
+    yield "shufflenet", case(256, 58, 28, 3, activation="relu", shuffle=2)
+    yield "fp32 3x3", case(64, 96, 28, 3, activation="silu", gated="silu", add=True, dtype=fp32)
+    yield "fp32 5x5", case(64, 96, 28, 5, activation="silu", dtype=fp32)
+    yield "beyond 2^31 elements 3x3", case(2048, 32, 224, 3, activation="silu", gated="silu", add=True)
+    yield "beyond 2^31 elements 5x5", case(2048, 32, 223, 5, activation="silu", add=True)
     yield "dilation", case(64, 256, 28, 3, dilation=2, activation="relu")
     yield (
         "multiplier 2, nchw, plain",
