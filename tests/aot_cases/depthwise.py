@@ -1,4 +1,4 @@
-"""Depthwise convolution, forward: shapes of MobileNetV2 and EfficientNet-B0, large filters, every option."""
+"""Depthwise convolution, forward: shapes of networks, every option."""
 
 from aot_cases.common import bf16, fp16, fp32, fp64, t
 from fastcnn.ops import depthwise_conv2d as ops
@@ -24,6 +24,20 @@ def depthwise_conv2d():
         geometry = size, 2 * [stride], 2 * [padding], 2 * [dilation], channels_last
         return lambda: ops.depthwise_forward(x, w, bias, *geometry, "triton", **options)
 
+    yield "mobilenetv2 3x3", case(256, 144, 56, 3)
+    yield "mobilenetv2 3x3 chain", case(256, 144, 56, 3, activation="relu6")
+    yield "mobilenetv2 3x3 stride 2", case(256, 96, 112, 3, 2)
+    yield "mobilenetv2 3x3 stride 2 chain", case(256, 96, 112, 3, 2, activation="relu6")
+    yield "efficientnet-b0 3x3 chain", case(128, 480, 14, 3, activation="silu")
+    yield "efficientnet-b0 5x5", case(128, 240, 28, 5)
+    yield "efficientnet-b0 5x5 chain", case(128, 240, 28, 5, activation="silu")
+    yield "efficientnet-b0 5x5 stride 2", case(128, 144, 56, 5, 2)
+    yield "efficientnet-b0 5x5 stride 2 chain", case(128, 144, 56, 5, 2, activation="silu")
+    yield "convnext-t 7x7", case(128, 96, 56, 7, fused=("bias",))
+    yield "7x7 stride 2 chain", case(128, 96, 56, 7, 2, activation="relu")
+    yield "shufflenet 3x3 stride 2 chain, fp16", case(256, 240, 28, 3, 2, dtype=fp16, activation="none", shuffle=3)
+    yield "fp32 5x5 chain", case(64, 120, 28, 5, dtype=fp32, activation="hardswish")
+    yield "odd channels, multiplier 2, bias, residual", case(8, 27, 30, 3, multiplier=2, fused=("bias", "residual"))
     yield "contiguous", case(64, 32, 112, 3, channels_last=False)
     yield "contiguous, fp32, pending", case(64, 32, 112, 3, dtype=fp32, channels_last=False, activation="relu6")
     yield "3x3 dilated, multiplier 2, bias, residual", case(
