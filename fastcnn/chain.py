@@ -30,6 +30,7 @@ from fastcnn.ops.materialize import MaterializeFunction
 from fastcnn.ops.pending_batch_norm import PendingBatchNormFunction
 from fastcnn.ops.pending_pool import AdaptiveAvgPool, AvgPool, MaxPool, PendingPoolFunction
 from fastcnn.ops.shared_batch_norm import SharedBatchNormFunction
+from fastcnn.ops.squeeze_excite import MAX_SQUEEZED, Form, SqueezeExciteFunction
 
 KINDS = ("relu", "relu6", "leaky_relu", "silu", "sigmoid", "tanh", "hardswish", "gelu", "gelu_tanh")
 
@@ -375,7 +376,8 @@ def activate(x, kind, slope=0.0):
 def add(a, b):
     """a + b of values or tensors of one shape; a Join or Folded where one of them is a value."""
     a, b = (x.result if isinstance(x, Join) and x.result is not None else x for x in (a, b))
-    a, b = (materialize(x) if isinstance(x, Pending) and x.scaled else x for x in (a, b))  # a join has one gradient
+    # a join has one gradient
+    a, b = (materialize(x) if isinstance(x, Pending) and x.scaled is True else x for x in (a, b))
     folded = [x for x in (a, b) if isinstance(x, Folded) and x.result is None and x.activation is x.residual is None]
     if folded:
         other = materialize(b if folded[0] is a else a)
@@ -429,9 +431,30 @@ def squeeze_excite(x, fc1, fc2, activation="relu", gate_activation="sigmoid"):
         if kind not in (*KINDS, "hardsigmoid"):
             raise ValueError(f"{name} must be one of {', '.join(KINDS)} or hardsigmoid, got {kind!r}")
     n, c = likeness(x).shape[:2]
+    if _gates(x, fc1, fc2):
+        form = Form(x.activation, x.slope, activation, gate_activation)
+        backend = fused.op.route(x.raw, lambda backend: None)
+        gate, raw = SqueezeExciteFunction.apply(
+            x.raw, x.scale, x.shift, fc1.weight, fc1.bias, fc2.weight, fc2.bias, form, backend
+        )
+        return x.now_with(raw=raw, gate=gate, scaled=passes.AT_Z)
     hidden = activation_reference(fc1(mean(x, keepdim=isinstance(fc1, nn.Conv2d))), activation)
     gate = activation_reference(fc2(hidden), gate_activation)
     return multiply(x, gate.view(n, c, 1, 1))
+
+
+def _gates(x, fc1, fc2):
+    """Whether SqueezeExciteFunction makes this gate."""
+    if not isinstance(x, Pending) or x.scale is None or x.gate is not None or x.scaled or x.raw.numel() == 0:
+        return False
+    c, s = x.raw.shape[1], len(fc1.weight)
+    shapes = tuple(fc1.weight.shape[:2]), tuple(fc2.weight.shape[:2])
+    return (
+        shapes == ((s, c), (c, s))
+        and 0 < s <= MAX_SQUEEZED
+        and all(fc.weight.numel() == s * c and conv2d.compute_dtype(fc.weight) == x.raw.dtype for fc in (fc1, fc2))
+        and all(getattr(fc, "padding", (0, 0)) in ((0, 0), "valid") for fc in (fc1, fc2))
+    )
 
 
 def max_pool2d(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False):

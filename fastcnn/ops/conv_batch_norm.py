@@ -5,8 +5,8 @@
 Neither z nor the normalised y is stored, except that a join's z is, which later layers read, too. On a GPU the kernels
 make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
 activation and batch norm's sums before it stores, and who adds these up also runs the backward of that batch norm
-(batch_norm_affine.Ahead). So do the kernels of depthwise convolution, on CPU, too. Elsewhere z is a temporary, made
-again in backward.
+(batch_norm_affine.Ahead). So do the kernels of depthwise convolution, on CPU, too, and compute the gradient of y before
+squeeze-excite on load (conv_fusion.GatedAhead). Elsewhere z is a temporary, made again in backward.
 
 Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
 back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
@@ -36,7 +36,7 @@ from fastcnn.ops import (
     pending_cpu,
 )
 from fastcnn.ops.activation import activation_reference
-from fastcnn.ops.conv_fusion import Correction, Join, Pending
+from fastcnn.ops.conv_fusion import Correction, GatedAhead, Join, Pending
 
 op = Op(
     "conv_batch_norm",
@@ -78,12 +78,14 @@ def is_depthwise(x, weight, geometry, backend):
 
 def _loads(e, weight, geometry, backend):
     """Whether the convolution's kernels make z while they load x: they can, and that is predicted to be faster."""
-    if e.scale is None or e.gate is not None or e.is_join:
+    if e.scale is None or e.is_join:
         return False
     if is_depthwise(e.x, weight, geometry, backend):
-        return backend == "triton" or pending_cpu.can(e.x, e.activation)
+        return e.gate is None and (backend == "triton" or pending_cpu.can(e.x, e.activation))
     if backend != "triton":
         return False
+    if e.gate is not None and (e.gate.shape[1], *weight.shape[1:]) != (e.x.shape[1], e.x.shape[1], 1, 1):
+        return False  # not 1x1 filters of all channels
     channels_last = conv_layout.suggests_channels_last(e.x) or conv_layout.suggests_channels_last(weight)
     return not conv2d.should_materialize(e.x, weight, *geometry, channels_last, "conv")
 
@@ -166,7 +168,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
         loads, fused = _loads(e, weight, geometry, backend), {}
         if loads:
-            z, fused["pending"] = x, Pending(scale, shift, activation, slope)
+            z, fused["pending"] = x, Pending(scale, shift, activation, slope, gate=gate)
         elif slot is None and (norm is not None or bias is None) and _joins(e, weight, geometry, backend):
             z, fused["join"] = torch.empty_like(x), e
         else:
@@ -204,6 +206,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         ctx.ahead = None
         if backend == "triton" and norm is not None and norm.group is None:
             ctx.ahead = bn.Ahead(mean, invstd, gamma, rows, norm.training)
+        ctx.gated = GatedAhead() if ctx.depthwise and norm is not None else None
         ctx.where = (geometry, norm, rows, backend)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.image = (x.shape[2:], conv_layout.suggests_channels_last(z))
@@ -221,7 +224,9 @@ class ConvBatchNormFunction(torch.autograd.Function):
         geometry, norm, rows, backend = ctx.where
         needs, join = ctx.needs_input_grad, ctx.form[3]
         inputs = Inputs(*inputs, *ctx.form)
-        grad_weight = grad_bias = grad_gamma = grad_beta = correction = None
+        grad_weight = grad_bias = grad_gamma = grad_beta = correction = gated = None
+        if ctx.gated is not None:
+            grad_y, gated = ctx.gated.take(grad_y)
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
         else:
@@ -240,7 +245,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
             passes = _of_depthwise if ctx.depthwise else _on_gpu if backend == "triton" else _on_cpu
             grads, grad_weight = passes(
                 inputs, grad_y, correction, weight, geometry, ctx.image, grad_z if join else grad_passed,
-                any(needs[:7]), needs[3], needs[7], backend,
+                any(needs[:7]), needs[3], needs[7], backend, **({} if gated is None else dict(gated=gated)),
             )  # fmt: skip
         parameters = grad_weight, grad_bias, grad_gamma, grad_beta
         return (
@@ -274,6 +279,11 @@ class Inputs(NamedTuple):
         return not self.join and self.scale is None and self.activation == "none" and self.gate is None
 
     @property
+    def at_z(self):
+        """Whether the gradient of z goes with x: see squeeze_excite.py."""
+        return self.scaled == pending.AT_Z
+
+    @property
     def is_scaled_join(self):
         """Whether it is a join whose left side is x * scale + shift."""
         return self.join and self.scale is not None and self.activation == "none" and self.gate is None
@@ -293,6 +303,11 @@ class Inputs(NamedTuple):
 
     def grads(self, grad, add, need_gate, backend, overwrite=False):
         """Gradients of (x, scale, shift, gate, right, right_scale, right_shift), given that of z."""
+        if self.at_z and not self.join:
+            return grad if add is None else grad + add, *[None] * 6
+        if self.at_z:
+            left = dict(x=None, scale=None, shift=None, gate=None, activation="none", scaled=False)
+            return self._replace(**left).grads(grad, add, False, backend, overwrite)
         grad_x, sums, grad_right, right_sums, grad_gate = pending.pending_backward(
             grad, add, self.x, self.scale, self.shift, self.activation, self.slope, self.gate, self.join, self.right,
             self.right_scale, self.z, self.out, need_gate, self.scaled, backend, overwrite,
@@ -344,13 +359,13 @@ def _on_cpu(
 
 
 def _of_depthwise(
-    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend
+    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend, gated=None
 ):  # fmt: skip
     """The same on the kernels of depthwise convolution, which do everything on load and on store."""
     window, channels_last = geometry[1:4], image[1]
     loads, finishes = inputs.loads, inputs.loads or inputs.is_plain
     z = inputs.x if loads else inputs.again(backend)
-    fused = dict(correction=correction, shuffle=inputs.shuffle)
+    fused = dict(correction=correction, gated=gated, shuffle=inputs.shuffle)
     if finishes:
         fused["add"] = add if need_image else None
     if loads:
@@ -374,16 +389,18 @@ def _on_gpu(
     among = conv2d.among_vendors(backend, grad_y)
     loads = inputs.loads
     is_pending = inputs.scale is not None and inputs.gate is None and not inputs.join
-    loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled) if is_pending else None
+    loaded = None
+    if is_pending or loads:
+        loaded = Pending(*inputs[1:3], inputs.activation, inputs.slope, inputs.scaled, inputs.gate)
     z = inputs.x if loads else inputs.again(backend)
     # what dgrad's epilogue does
     fused = dict(correction=correction)
-    finishes = inputs.is_plain or is_pending or inputs.is_scaled_join
+    finishes = inputs.is_plain or is_pending or inputs.is_scaled_join or inputs.at_z
     if finishes:
-        fused |= dict(pending=loaded, add=add)
+        fused |= dict(pending=loaded if is_pending else None, add=add)
         fused["join"] = Join(z if inputs.out == "relu" else None, inputs.x) if inputs.join else None
     grad_weight = None
-    in_one = need_image and need_weight and (loads or not is_pending)
+    in_one = need_image and need_weight and (inputs.gate is None if loads else not is_pending)
     if in_one and conv2d_backward.pays(grad_y, z, weight, stride, padding, groups, **fused):
         dz, grad_weight, *parts = conv2d_backward.conv2d_backward(grad_y, z, weight, **fused, in_parts=True)
         need_weight = False
@@ -408,11 +425,12 @@ def _on_gpu(
         grads = (None,) * 7
     elif not finishes:
         grads = inputs.grads(dz, add, need_gate, backend)
-    elif inputs.is_plain:
+    elif inputs.is_plain or (inputs.at_z and not inputs.join):
         grads = dz, *[None] * 6
     else:
         right = None if inputs.right_scale is None else pending.sums(dz, inputs.right, backend)
-        grads = dz, *inputs.sums(*parts), None, dz if inputs.join else None, *_pair(right)
+        left = (None, None) if inputs.at_z else inputs.sums(*parts)
+        grads = dz, *left, None, dz if inputs.join else None, *_pair(right)
     return grads, grad_weight
 
 

@@ -97,6 +97,38 @@ class Gated(NamedTuple):
             return torch.autograd.grad(f, u, grad)[0]
 
 
+class GatedAhead:
+    """Where squeeze-excite leaves its Gated for the convolution that made y, which applies it on load.
+
+    That convolution's gradient of y is then of y's other readers alone, None where there are none: whatever autograd
+    adds up there stays right.
+    """
+
+    def __init__(self):
+        self._left = None
+
+    @staticmethod
+    def of_tensors(y, scale, shift):
+        """That of the convolution which returned these tensors, or None."""
+        made_by = y.grad_fn
+        same = made_by is not None and scale.grad_fn is made_by and shift.grad_fn is made_by
+        return getattr(made_by, "gated", None) if same else None
+
+    def leave(self, grad_output, gated):
+        """To be taken in the backward that runs now."""
+        self._left = torch._C._current_graph_task_id(), grad_output, gated
+
+    def take(self, grad_output):
+        """(grad_output or None, Gated or None) of the backward that runs now; grad_output: of the other readers."""
+        left, self._left = self._left, None
+        if left is None or left[0] != torch._C._current_graph_task_id():
+            return grad_output, None
+        _, dz, gated = left
+        if grad_output is None:
+            return dz, gated
+        return grad_output + gated.reference(dz.to(gated.scale.dtype)).to(grad_output.dtype), None
+
+
 class Join(NamedTuple):
     """output = act(left + right), a residual join, whose gradient dgrad stores in place of its own: it is both sides'.
 

@@ -22,6 +22,8 @@ from fastcnn.ops import batch_norm_passes, common, pending_cpu
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_layout import suggests_channels_last
 
+# in place of whether the gradient of x is scaled: it is that of z, as it is, and scale, shift and gate have none
+AT_Z = "z"
 SUM_PARTS = 256  # partial sums that one program adds at a time
 SUM_COLUMNS = 8
 

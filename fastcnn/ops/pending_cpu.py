@@ -18,7 +18,7 @@ def can(x, activation="none"):
     return x.is_cpu and x.dtype in EMPTY and x.numel() > 0 and activation in KINDS
 
 
-class _Pass:
+class Pass:
     """Passes over tensors like this one: what their kernels get, and what must live until they are through."""
 
     def __init__(self, like):
@@ -63,7 +63,7 @@ def pending_forward(x, scale, shift, activation, slope, gate, right, right_scale
     """z, in the layout of x."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(x)
+    over = Pass(x)
     image, vector = over.image, over.vector
     z = over.new()
     kernels.forward(
@@ -80,7 +80,7 @@ def pending_backward(
     """(grad_x, sums, grad_right, right_sums, grad_gate); overwrite: grad_x may take the memory of grad_output."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(grad_output if x is None else x)
+    over = Pass(grad_output if x is None else x)
     image, vector = over.image, over.vector
     scaled = scaled and scale is not None
     given = grad_output.contiguous(memory_format=over.layout)
@@ -113,7 +113,7 @@ def image_means(x, scale, shift, activation, slope):
     """[N, C, 1, 1]: the means of z over every image."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(x)
+    over = Pass(x)
     means = torch.empty((*over.shape[:2], 1, 1), dtype=x.dtype, memory_format=over.layout)
     kernels.image_means(
         *over.where, over.image(x), over.vector(scale), over.vector(shift), KINDS.index(activation), slope,
@@ -126,7 +126,7 @@ def image_means_backward(grad, add, x, scale, shift, activation, slope, scaled):
     """(grad_x, sums) of pending.pending_backward, given the gradient [N, C, 1, 1] of the means."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(x)
+    over = Pass(x)
     image, vector = over.image, over.vector
     n, c, h, w = over.shape
     grad_x, sums = over.new(), over.vectors(0) if scale is None else over.vectors(2, c)
@@ -137,6 +137,33 @@ def image_means_backward(grad, add, x, scale, shift, activation, slope, scaled):
         sums.data_ptr(), 0, 0,
     )  # fmt: skip
     return grad_x, sums
+
+
+def image_products(dz, x, scale, shift, activation, slope):
+    """[5, N, C]: sums of dz * f(u), dz * f'(u) * x, dz * f'(u), f'(u) * x and f'(u) over the pixels of every image."""
+    from fastcnn.kernels.cpu import squeeze_excite as kernels
+
+    over = Pass(x)
+    products = over.vectors(5, *over.shape[:2])
+    kernels.sums(
+        *over.where, over.image(dz), over.image(x), over.vector(scale), over.vector(shift), KINDS.index(activation),
+        slope, products.data_ptr(),
+    )  # fmt: skip
+    return products
+
+
+def gated_gradient(dz, y, gate, add, scale, shift, activation, slope):
+    """(dz * gate + add) * f'(u), in the layout of y."""
+    from fastcnn.kernels.cpu import squeeze_excite as kernels
+
+    over = Pass(y)
+    image, vector = over.image, over.vector
+    du = over.new()
+    kernels.gradient(
+        *over.where, image(dz), image(y), vector(scale), vector(shift), KINDS.index(activation), slope, vector(gate),
+        vector(add), image(du),
+    )  # fmt: skip
+    return du
 
 
 def sums(grad, tensor):
@@ -151,7 +178,7 @@ def corrected(grad_output, y, a, b, c):
     """grad_output * a + b * y + c per channel."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(y)
+    over = Pass(y)
     image, vector = over.image, over.vector
     dy = over.new()
     kernels.correct(*over.where, image(grad_output), image(y), vector(a), vector(b), vector(c), image(dy))
@@ -162,7 +189,7 @@ def statistics(x):
     """(mean, biased variance) per channel."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(x)
+    over = Pass(x)
     mean, var = over.vectors(2, x.shape[1])
     kernels.statistics(*over.where, over.image(x), mean.data_ptr(), var.data_ptr())
     return mean, var
@@ -184,7 +211,7 @@ def normalised(y, weight, bias, eps, running):
     """(mean, scale, shift, 1 / sqrt(var + eps)) of batch norm with y's statistics; as batch_norm_affine.affine."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(y)
+    over = Pass(y)
     vector = over.vector
     vectors = [over.vectors(y.shape[1]) for _ in range(4)]
     kernels.normalise(
@@ -202,7 +229,7 @@ def normalised_backward(grad, y, mean, invstd, weight, grad_scale, grad_shift):
     """(dy, gradients of weight and bias), given the gradient of the normalised y and its sums."""
     from fastcnn.kernels.cpu import chain as kernels
 
-    over = _Pass(y)
+    over = Pass(y)
     image, vector = over.image, over.vector
     dy, grad_weight = over.new(), over.vectors(y.shape[1])
     kernels.normalise_backward(
