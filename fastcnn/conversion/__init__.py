@@ -114,7 +114,7 @@ def _fuse(model, named, rows, ops, excluded):
                 for inner, reason in program.opaque.items():
                     inner = (unit.prefix + inner).rstrip(".")
                     rows[inner] = Row(inner, type(model.get_submodule(inner)).__name__, "kept", reason)
-    blocks = tuple(f"{name}." if name else "" for name, module in named if isinstance(module, Block))
+    modules = dict(named)
     for name, module in named:
         row = rows[name]
         if name in fates:
@@ -125,8 +125,17 @@ def _fuse(model, named, rows, ops, excluded):
                 rows[name] = row._replace(note=f"{row.note}; not fused: {missed[0].note}")
             elif row is None or row.note != "not selected":
                 rows[name] = Row(name, type(module).__name__, "kept", missed[0].note)
-        elif row is not None and row.done == "swapped" and row.cls in FUSIBLE and not name.startswith(blocks):
+        elif row is not None and row.done == "swapped" and row.cls in FUSIBLE and not _in_a_block(name, modules):
             rows[name] = row._replace(note=f"{row.note}; not fused: no forward that was recorded calls it")
+
+
+def _in_a_block(name, modules):
+    # whose own forward runs it on the chain
+    while name:
+        name = name.rpartition(".")[0]
+        if type(modules[name]) is not nn.Sequential:
+            return isinstance(modules[name], Block)
+    return False
 
 
 def revert(model):

@@ -5,7 +5,7 @@ import math
 from torch import nn
 
 from fastcnn import chain
-from fastcnn.nn.blocks import _call
+from fastcnn.nn.blocks import Block, _call
 
 
 def round_channels(channels, width_mult=1.0, divisor=8):
@@ -27,7 +27,7 @@ def check_images(model, x, in_chans):
         raise ValueError(f"{type(model).__name__} takes images of shape [N, {in_chans}, H, W], got {list(x.shape)}")
 
 
-class Classifier(nn.Module):
+class Classifier(Block):
     """A classifier of the mean over the image of what features returns: torchvision's mobile networks and their keys.
 
     Convolutions start normally distributed with the variance 2 / (outputs * filter's size) (He et al. 2015), linear
@@ -53,6 +53,6 @@ class Classifier(nn.Module):
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x):
+    def values(self, x):
         check_images(self, x, self.features[0][0].in_channels)
         return self.classifier(chain.mean(_call(self.features, x)))

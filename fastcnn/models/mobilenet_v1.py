@@ -17,7 +17,7 @@ from fastcnn.nn.mobile_blocks import DepthwiseSeparable
 STAGES = ((64,), (128, 128), (256, 256), (512,) * 6, (1024, 1024))
 
 
-class MobileNetV1(nn.Module):
+class MobileNetV1(nn.Block):
     """MobileNet v1: a 3x3 convolution, 13 depthwise-separable ones, the mean over the image, one linear layer.
 
         stem       3x3, stride 2      32 channels
@@ -63,7 +63,7 @@ class MobileNetV1(nn.Module):
         nn.init.uniform_(self.classifier.weight, -1 / math.sqrt(num_classes), 1 / math.sqrt(num_classes))
         nn.init.zeros_(self.classifier.bias)
 
-    def forward(self, x):
+    def values(self, x):
         check_images(self, x, self.conv_stem.in_channels)
         x = _call(self.act, _conv_norm(x, self.conv_stem, self.bn1))
         return self.classifier(self.dropout(chain.mean(_call(self.blocks, x))))

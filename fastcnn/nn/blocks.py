@@ -30,7 +30,7 @@ _ACTIVATIONS = {
 
 
 def _is_plain(module):
-    """Whether a call of the module runs its class's forward and nothing else."""
+    """Whether a call of the module runs its class's forward and nothing else, and need not be seen by torch.export."""
     return not (
         module._forward_hooks
         or module._forward_pre_hooks
@@ -38,6 +38,7 @@ def _is_plain(module):
         or module._backward_pre_hooks
         or "forward" in module.__dict__
         or nn.modules.module._has_any_global_hook()
+        or torch.compiler.is_exporting()
     )
 
 
@@ -118,18 +119,30 @@ def _shared(x):
     """The tensor as a value, so that its readers' gradients are added where they are written."""
     if not isinstance(x, torch.Tensor) or not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4:
         return x
+    if torch.compiler.is_exporting():
+        return x
     return x if torch._C._are_functorch_transforms_active() or x.numel() == 0 else chain.Pending(x, None, None)
 
 
 class Block(nn.Module):
-    """A module that takes and returns values of fastcnn.chain: a subclass defines `values`."""
+    """A module that takes and returns values of fastcnn.chain: a subclass defines `values`.
+
+    Under torch.compile a call is one graph break; torch.export sees the layers one by one.
+    """
 
     def values(self, x):
         """The output for a tensor or value, as a value or tensor."""
         raise NotImplementedError(f"{type(self).__name__} does not define values")
 
     def forward(self, x):
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            return _computed_uncompiled(self, x)
         return chain.materialize(self.values(x))
+
+
+@torch._disable_dynamo
+def _computed_uncompiled(block, x):
+    return chain.materialize(block.values(x))
 
 
 class ChainSequential(Block, nn.Sequential):
