@@ -188,7 +188,7 @@ def grads_of(model, x, api):
     return [y.detach(), leaf.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-@pytest.mark.parametrize("channels, depth", [(4, 2), (10, 3)] if INTERPRET else [(2, 5), (10, 4), (58, 7)])
+@pytest.mark.parametrize("channels, depth", [(4, 2), (10, 2)] if INTERPRET else [(2, 5), (10, 4), (58, 7)])
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_units(lane, channels, depth, channels_last):
     if INTERPRET and channels_last != (channels > 4):
@@ -208,7 +208,7 @@ def test_units(lane, channels, depth, channels_last):
     (loss, relative), (stock_loss, stock_relative) = (errors(result, truth) for result in results)
     # rounding grows through the units: a tensor's error is measured by the largest of PyTorch's
     assert loss <= 2 * stock_loss + FLOORS[torch.float32] * float(truth[0])
-    assert max(relative.values()) <= 2 * max(stock_relative.values())
+    assert max(relative.values()) <= 2 * max(stock_relative.values()) + FLOORS[torch.float32]
 
 
 def test_units_copy_what_they_read_and_nothing_else(monkeypatch):
