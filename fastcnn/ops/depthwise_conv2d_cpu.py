@@ -3,6 +3,8 @@
 Signatures, formulas and results are depthwise_conv2d.py's.
 """
 
+import struct
+
 import torch
 
 from fastcnn.ops import common, huge_pages
@@ -29,15 +31,15 @@ class _Call:
         (n, c, h, w), (k, _, r, s), (p, q) = input.shape, weight.shape, size
         self.like, self.alive = input, []
         self.geometry = (n, c, k // c, h, w, p, q, r, s, *stride, *padding, *dilation, shuffle)
-        self.elements = n * (c * h * w + k * p * q)
-        self.head = (EMPTY[input.dtype], common.threads_for(self.elements), self.geometry)
+        self.lanes = 64 // input.itemsize
+        self.vectors = -(-k // self.lanes) * self.lanes
+        self.kernel = (EMPTY[input.dtype], common.threads_for(n * (c * h * w + k * p * q)))
 
     def plan(self, rows):
         """(channels of a task, tasks along the images, tasks along the rows), by the geometry alone."""
         n, c, m, h, w, _, q, r, s, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, _ = self.geometry
-        lanes = 64 // self.like.itemsize
         per_lane = (((r - 1) * dil_h + 2) * (w + (s - 1) * dil_w) + 3 * q) * self.like.itemsize * m
-        most = max(1, RING // (per_lane * lanes)) * lanes
+        most = max(1, RING // (per_lane * self.lanes)) * self.lanes
         chunk = c if c <= most else most
         strips = 1
         while n * strips * -(-c // chunk) < 8 and rows // (2 * strips) >= 4 * r:
@@ -60,6 +62,15 @@ class _Call:
         size = 1 + sum((a - 1) * b for a, b in zip(tensor.shape, strides, strict=True))
         return (tensor.data_ptr(), size, strides[0], *strides[2:])
 
+    def scratch(self, *shape, dtype=None):
+        """The address of memory that lives as long as the call."""
+        return self.keep(self.like.new_empty(shape, dtype=dtype)).data_ptr()
+
+    def filters(self):
+        """Addresses for the packed weight and a vector."""
+        taps = self.geometry[7] * self.geometry[8]
+        return self.scratch(self.vectors, taps), self.scratch(self.vectors)
+
     def keep(self, tensor):
         self.alive.append(tensor)
         return tensor
@@ -74,12 +85,22 @@ class _Call:
 
     def pending(self, pending):
         if pending is None:
-            return 0, 0, 0, 0.0
-        return self.vector(pending.scale), self.vector(pending.shift), KINDS.index(pending.activation), pending.slope
+            return 0, 0, 0, 0
+        return (*map(self.vector, pending[:2]), KINDS.index(pending.activation), _bits(pending.slope))
 
 
-def _past(tensor):
-    return int(tensor is not None and tensor.numel() * tensor.itemsize >= PASS_CACHES)
+def _bits(number):
+    """An fp64 number among integers."""
+    return struct.unpack("q", struct.pack("d", number))[0]
+
+
+def _passes(tensor):
+    """Whether the stores to a result go past the caches: 1 or 0. Its pixels must begin at multiples of 64 bytes."""
+    if tensor is None or tensor.numel() * tensor.itemsize < PASS_CACHES:
+        return 0
+    strides = tensor.stride()
+    unit = 64 // tensor.itemsize
+    return int(tensor.data_ptr() % 64 == 0 and all(strides[d] % unit == 0 for d in (0, 2, 3)))
 
 
 def forward(
@@ -88,19 +109,26 @@ def forward(
 ):  # fmt: skip
     """y, or (y, mean, biased variance) with statistics."""
     from fastcnn.kernels.cpu import depthwise_conv2d as kernels
+    from fastcnn.kernels.cpu import tasks
 
     K = weight.shape[0]
     y = huge_pages.advise(output_of(out, input, K, tuple(size), channels_last))
-    moments = input.new_empty((2, K)) if statistics else None
+    moments = input.new_empty((2, K)).unbind() if statistics else ()
     if y.numel() > 0:
         call = _Call(input, weight, size, stride, padding, dilation, shuffle)
+        plan = call.plan(size[0])
+        parts = plan[1] * plan[2]
+        record = call.scratch(parts, 1 + 3 * call.vectors, dtype=torch.float64) if statistics else 0
+        numbers = (
+            *call.geometry, *plan, *call.image(input), *call.image(y), *call.pending(pending), *call.filters(),
+            _passes(y), record, 0,
+        )  # fmt: skip
         kernels.forward(
-            *call.head, call.plan(size[0]), call.image(input), *call.pending(pending), call.weight(weight),
-            call.vector(bias), call.image(y), _past(y),
-            moments[0].data_ptr() if statistics else 0, moments[1].data_ptr() if statistics else 0,
+            *call.kernel, tasks.address(kernels.forward_tasks, input.dtype), numbers, call.weight(weight),
+            call.vector(bias), *((m.data_ptr() for m in moments) if statistics else (0, 0)),
         )  # fmt: skip
     elif statistics:
-        moments.fill_(torch.nan)
+        moments = [m.fill_(torch.nan) for m in moments]
     return (y, *moments) if statistics else y
 
 
@@ -110,6 +138,7 @@ def backward(
 ):  # fmt: skip
     """Gradients."""
     from fastcnn.kernels.cpu import depthwise_conv2d as kernels
+    from fastcnn.kernels.cpu import tasks
 
     n, c, h, w = input.shape
     K = weight.shape[0]
@@ -134,15 +163,20 @@ def backward(
         add = None
     elif add is not None and add.stride() != dx.stride():
         add = call.keep(common.with_strides_of(add, dx))
-    vector = call.vector
-    of_correction = (0, 0, 0) if correction is None else tuple(map(vector, correction[1:]))
-    of_gate = (0, 0, 0, 0, 0, 0.0)
+    vector, plan = call.vector, call.plan(grad_output.shape[2])
+    of_gate = (0,) * 6
     if gated is not None:
-        of_gate = (*map(vector, gated[1:5]), KINDS.index(gated.activation), gated.slope)
+        of_gate = (*map(vector, gated[1:5]), KINDS.index(gated.activation), _bits(gated.slope))
+    R, S = weight.shape[2:]
+    record = lambda result, *shape: call.scratch(plan[1] * plan[2], *shape, dtype=torch.float64) if result else 0
+    numbers = (
+        *call.geometry, *plan, *call.image(input), *call.image(grad_output), *call.pending(pending), *call.filters(),
+        _passes(dx), record(needs_weight, call.vectors, R * S + kernels.TAPS), pending is not None and pending.scaled,
+        call.image(y)[0], *((0, 0, 0) if correction is None else map(vector, correction[1:])), *of_gate,
+        call.image(add)[0], *call.image(dx), record(needs_bias, call.vectors), record(sums is not None, 2, c),
+    )  # fmt: skip
     kernels.backward(
-        *call.head, call.plan(grad_output.shape[2]), call.image(input), *call.pending(pending),
-        int(pending is not None and pending.scaled), call.weight(weight), call.image(grad_output), call.image(y)[0],
-        *of_correction, *of_gate, call.image(add)[0], call.image(dx), _past(dx),
-        call.weight(grad_weight), vector(grad_bias), vector(sums),
+        *call.kernel, tasks.address(kernels.backward_tasks, input.dtype), tuple(map(int, numbers)),
+        call.weight(weight), call.weight(grad_weight), vector(grad_bias), vector(sums),
     )  # fmt: skip
     return Gradients(dx, grad_weight, grad_bias, sums)

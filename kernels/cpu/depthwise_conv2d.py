@@ -20,6 +20,7 @@ import numpy as np
 from fastcnn.kernels.cpu import pending
 from fastcnn.kernels.cpu.chain import set_threads, there
 from fastcnn.kernels.cpu.common import array_at
+from fastcnn.kernels.cpu.tasks import as_float, integers, run
 from fastcnn.kernels.cpu.vector import add, add_wide, fence, fma, lanes, load, store, stream, subtract, zeros
 
 GROUP = 7  # pixels or taps that are summed at a time: sizes of images are often multiples of it
@@ -27,7 +28,8 @@ TAPS = 9
 RUN = 256
 
 inline = numba.njit(error_model="numpy")
-call = numba.njit(parallel=True, cache=True, error_model="numpy")
+call = numba.njit(cache=True, error_model="numpy")
+DOUBLE = np.empty(0)
 
 
 @inline
@@ -45,41 +47,45 @@ def aligned_zeros(size, like):
 
 
 @inline
-def find_sources(C, shuffle):
-    """Which channel of the input each channel of the convolution is."""
-    sources = np.empty(C, np.int64)
-    for c in range(C):
-        sources[c] = c % shuffle * (C // shuffle) + c // shuffle
-    return sources
+def source(c, C, shuffle):
+    """Which channel of the input this channel of the convolution is."""
+    return c % shuffle * (C // shuffle) + c // shuffle
 
 
 @inline
-def ordered(vector, sources):
-    """A vector of the input's channels in the order of the convolution's."""
-    if vector.size == 0:
-        return vector
-    result = np.empty_like(vector)
-    for c in range(vector.size):
-        result[c] = vector[sources[c]]
+def places_of(first, count, C, shuffle, step):
+    """Where these channels lie in a pixel whose channels are step apart."""
+    places = np.empty(count, np.int64)
+    for c in range(count):
+        places[c] = source(first + c, C, shuffle) * step
+    return places
+
+
+@inline
+def ordered(vector, first, count, shuffle):
+    """A part of a vector of the input's channels, in the order of the convolution's."""
+    if vector.size == 0 or shuffle == 1:
+        return vector[min(first, vector.size) : first + count]
+    result = np.empty(count, vector.dtype)
+    for c in range(count):
+        result[c] = vector[source(first + c, vector.size, shuffle)]
     return result
 
 
 @inline
-def pack(weight, strides, K, R, S, bias):
-    """([blocks][R * S][LANES] weights, bias [blocks][LANES])."""
+def pack(weight, strides, K, R, S, bias, packed, biases):
+    """weight as [blocks][R * S][lanes], bias as [blocks][lanes], with zeros at the end."""
     V = lanes(weight)
     taps = R * S
-    packed = aligned_zeros(up(K, V) * taps, weight)
-    biases = aligned_zeros(up(K, V), weight)
+    packed[packed.size - taps * V :] = 0
+    biases[:] = 0
     for k in range(K):
+        at = k // V * taps * V + k % V
         for r in range(R):
             for s in range(S):
-                packed[k // V * taps * V + (r * S + s) * V + k % V] = weight[
-                    k * strides[0] + r * strides[1] + s * strides[2]
-                ]
+                packed[at + (r * S + s) * V] = weight[k * strides[0] + r * strides[1] + s * strides[2]]
     for k in range(bias.size):
         biases[k] = bias[k]
-    return packed, biases
 
 
 # the loops over taps
@@ -312,9 +318,10 @@ def put_pixels(row, count, channels, x, at, step, past):
 
 
 @inline
-def can_pass(address, strides, itemsize):
-    """Whether all pixels of an image begin at multiples of 64 bytes."""
-    return (address | strides[0] * itemsize | strides[2] * itemsize | strides[3] * itemsize) % 64 == 0
+def moments_of(moments, size, first, count):
+    """A task's pivots, sums and sums of squares about them in a part's record: a count, then each of all channels."""
+    a, b, c = 1 + first, 1 + size + first, 1 + 2 * size + first
+    return moments[a : a + count], moments[b : b + count], moments[c : c + count]
 
 
 @inline
@@ -328,8 +335,7 @@ def range_of(part, parts, count):
 
 @inline
 def forward_task(
-    task, geometry, plan, x, xs, sources, scale, shift, kind, slope, packed, biases, y, ys, past,
-    counts, pivots, sums, squares,
+    task, geometry, plan, x, xs, scale, shift, kind, slope, packed, biases, y, ys, past, record
 ):  # fmt: skip
     N, C, M, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, shuffle = geometry
     chunk, groups, strips = plan
@@ -339,7 +345,7 @@ def forward_task(
     p0, p1 = range_of(part % strips, strips, P)
     V, taps = lanes(x), R * S
     channels = min(chunk, C - c0)
-    k0, ks = c0 * M, channels * M
+    K, k0, ks = C * M, c0 * M, channels * M
     blocks = (ks + V - 1) // V
 
     reach = (R - 1) * dil_h + 1
@@ -354,15 +360,21 @@ def forward_task(
     step = xs[3] if direct else channels
     pixels = segment(channels, step)
     row = np.empty(0 if direct else W * channels, x.dtype)
-    from_x = (sources[c0 : c0 + channels] if not direct else sources[:0]) * xs[1]
-    to_y = (k0 + np.arange(0 if ys[1] == 1 else ks)) * ys[1]
-    plain = np.empty(0 if ys[1] == 1 else Q * ks, x.dtype)
+    from_x = places_of(c0, 0 if direct else channels, C, shuffle, xs[1])
+    y_direct = ys[1] == 1
+    y_step = ys[3] if y_direct else ks
+    to_y = places_of(k0, 0 if y_direct else ks, K, 1, ys[1])
+    plain = np.empty(0 if y_direct else Q * ks, x.dtype)
     buffer = np.empty(pixels * channels if scale.size > 0 else 0, x.dtype)
-    scales, shifts = (spread(scale, c0, channels, pixels * channels), spread(shift, c0, channels, pixels * channels))
+    scales = spread(ordered(scale, c0, channels, shuffle), 0, channels, pixels * channels)
+    shifts = spread(ordered(shift, c0, channels, shuffle), 0, channels, pixels * channels)
 
-    measure = counts.size > 0
+    measure = record.size > 0
+    moments = record[part * (1 + 3 * up(K, V)) :]
+    pivots, sums, squares = moments_of(moments, up(K, V), k0, blocks * V if measure else 0)
+    pivots[:], sums[:], squares[:] = 0, 0, 0
     pivot = aligned_zeros(blocks * V if measure else 0, x)
-    run, square = aligned_zeros(pivot.size, x), aligned_zeros(pivot.size, x)
+    total, square = aligned_zeros(pivot.size, x), aligned_zeros(pivot.size, x)
     since = 0
     for n in range(n0, n1):
         following = 0
@@ -370,14 +382,12 @@ def forward_task(
             top = p * stride_h - pad_h
             for h in range(max(following, top, 0), min(H, top + reach)):
                 at = n * xs[0] + h * xs[2]
-                to = h % reach * slot + pad_w * V
-                if direct:
-                    load_row(
-                        x, at + c0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width
-                    )  # fmt: skip
-                else:
+                if not direct:
                     gather(x, at, from_x, xs[3], W, row)
-                    load_row(row, 0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width)
+                load_row(
+                    x if direct else row, at + c0 if direct else 0, step, W, channels, M, scales, shifts, kind, slope,
+                    buffer, ring, h % reach * slot + pad_w * V, width,
+                )  # fmt: skip
             following = max(following, min(H, top + reach))
             for r in range(R):
                 h = top + r * dil_h
@@ -397,75 +407,87 @@ def forward_task(
                     for i in range(pivot.size):
                         pivot[i] /= Q
                 for b in range(blocks):
-                    moments_row(out, b * wide * V, Q, pivot, b * V, run, square)
+                    moments_row(out, b * wide * V, Q, pivot, b * V, total, square)
                 since += Q
                 if since >= RUN:
-                    flush(run, sums[part, k0 : k0 + blocks * V])
-                    flush(square, squares[part, k0 : k0 + blocks * V])
+                    flush(total, sums)
+                    flush(square, squares)
                     since = 0
             at = n * ys[0] + p * ys[2]
-            if ys[1] == 1:
-                from_blocks(out, 0, wide, Q, ks, 1, y, at + k0, ys[3], past)
-            else:
-                from_blocks(out, 0, wide, Q, ks, 1, plain, 0, ks, False)
+            from_blocks(
+                out, 0, wide, Q, ks, 1, y if y_direct else plain, at + k0 if y_direct else 0, y_step, past and y_direct
+            )  # fmt: skip
+            if not y_direct:
                 scatter(plain, to_y, ys[3], Q, y, at)
     if measure:
-        flush(run, sums[part, k0 : k0 + blocks * V])
-        flush(square, squares[part, k0 : k0 + blocks * V])
-        for i in range(blocks * V):
-            pivots[part, k0 + i] = pivot[i]
-        counts[part] = (n1 - n0) * (p1 - p0) * Q
+        flush(total, sums)
+        flush(square, squares)
+        for i in range(pivot.size):
+            pivots[i] = pivot[i]
+        moments[0] = (n1 - n0) * (p1 - p0) * Q
     fence()
 
 
-@call
-def forward(
-    like, threads, geometry, plan, x_at, scale_at, shift_at, kind, slope, weight_at, bias_at, y_at, past, mean_at,
-    var_at,
-):  # fmt: skip
-    """y, and with addresses for them the mean and the biased variance of y per channel."""
-    set_threads(threads)
-    C, M, R, S = geometry[1], geometry[2], geometry[7], geometry[8]
-    K = C * M
-    x, y = array_at(x_at[0], x_at[1], like), array_at(y_at[0], y_at[1], like)
-    sources = find_sources(C, geometry[15])
-    scale, shift = ordered(there(scale_at, C, like), sources), ordered(there(shift_at, C, like), sources)
-    packed, biases = pack(
-        array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(bias_at, K, like)
+def forward_tasks(task, numbers, like_at):
+    """forward_task, as a C function."""
+    like = numba.carray(like_at, 0)
+    n = integers(numbers, 40)
+    C, K, size = n[1], n[1] * n[2], up(n[1] * n[2], lanes(like))
+    forward_task(
+        task, n[:16], n[16:19], array_at(n[19], n[20], like), n[21:25], there(n[31], C, like), there(n[32], C, like),
+        n[33], like.dtype.type(as_float(n[34])), array_at(n[35], size * n[7] * n[8], like), array_at(n[36], size, like),
+        array_at(n[25], n[26], like), n[27:31], n[37] != 0,
+        there(n[38], n[17] * n[18] * (1 + 3 * up(K, lanes(like))), DOUBLE),
     )  # fmt: skip
-    slope = like.dtype.type(slope)
-    parts = plan[1] * plan[2]
-    measured = parts if mean_at != 0 else 0
+
+
+@call
+def forward(like, threads, task, numbers, weight_at, bias_at, mean_at, var_at):
+    """y, and with addresses for them the mean and the biased variance of y per channel.
+
+    task: the address of forward_tasks. numbers: geometry, plan, x, y, then addresses and numbers: scale, shift, kind,
+    slope, packed weight, bias, whether the stores go past the caches, record of statistics or 0.
+    """
+    set_threads(threads)
+    C, M, R, S = numbers[1], numbers[2], numbers[7], numbers[8]
+    K, parts = C * M, numbers[17] * numbers[18]
     size = up(K, lanes(like))
-    counts, pivots = np.zeros(measured), np.zeros((measured, size))
-    sums, squares = np.zeros((measured, size)), np.zeros((measured, size))
-    passes = past != 0 and can_pass(y_at[0], y_at[2:], like.itemsize)
-    for task in numba.prange(parts * ((C + plan[0] - 1) // plan[0])):
-        forward_task(
-            task, geometry, plan, x, x_at[2:], sources, scale, shift, kind, slope, packed, biases, y, y_at[2:], passes,
-            counts, pivots, sums, squares,
+    pack(
+        array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(bias_at, K, like),
+        array_at(numbers[35], size * R * S, like), array_at(numbers[36], size, like),
+    )  # fmt: skip
+    run(task, parts * ((C + numbers[16] - 1) // numbers[16]), np.array(numbers), like)
+    if numbers[38] != 0:
+        merge(
+            array_at(numbers[38], parts * (1 + 3 * size), DOUBLE), parts, size, array_at(mean_at, K, like),
+            array_at(var_at, K, like),
         )  # fmt: skip
-    if measured > 0:
-        mean, var = array_at(mean_at, K, like), array_at(var_at, K, like)
-        for k in range(K):
-            count, middle, spread_of = 0.0, 0.0, 0.0
-            for part in range(parts):
-                if counts[part] > 0:
-                    more = counts[part]
-                    shift_of = sums[part, k] / more
-                    difference = pivots[part, k] + shift_of - middle
-                    spread_of += squares[part, k] - sums[part, k] * shift_of
-                    spread_of += difference * difference * count * more / (count + more)
-                    count += more
-                    middle += difference * more / count
-            mean[k], var[k] = middle, max(spread_of, 0.0) / count if spread_of == spread_of else spread_of
+
+
+@inline
+def merge(record, parts, size, mean, var):
+    """Mean and biased variance of the parts of a record (Chan, Golub and LeVeque 1979)."""
+    for k in range(mean.size):
+        count, middle, squares = 0.0, 0.0, 0.0
+        for part in range(parts):
+            moments = record[part * (1 + 3 * size) :]
+            more = moments[0]
+            if more > 0:
+                off = moments[1 + size + k] / more
+                difference = moments[1 + k] + off - middle
+                squares += moments[1 + 2 * size + k] - moments[1 + size + k] * off
+                squares += difference * difference * (count * more / (count + more))
+                count += more
+                middle += difference * more / count
+        mean[k] = middle
+        var[k] = 0.0 if squares < 0 else squares / count
 
 
 @inline
 def backward_task(
-    task, geometry, plan, x, xs, sources, scale, shift, kind, slope, scaled, packed, zero_bias,
+    task, geometry, plan, x, xs, scale, shift, kind, slope, scaled, packed, zero_bias,
     g, y, gs, a, b, c, gate, gate_add, gated_scale, gated_shift, gated_kind, gated_slope, more, dx, dxs, past,
-    grad_weight, grad_bias, sums, needs_input,
+    grad_weight, grad_bias, sums,
 ):  # fmt: skip
     N, C, M, H, W, P, Q, R, S, stride_h, stride_w, pad_h, pad_w, dil_h, dil_w, shuffle = geometry
     chunk, groups, strips = plan
@@ -476,9 +498,9 @@ def backward_task(
     p0, p1 = range_of(part % strips, strips, max(P, (H + pad_h + stride_h - 1) // stride_h))
     V, taps = lanes(x), R * S
     channels = min(chunk, C - c0)
-    k0, ks = c0 * M, channels * M
+    K, k0, ks = C * M, c0 * M, channels * M
     blocks = (ks + V - 1) // V
-    needs_weight, needs_bias = grad_weight.size > 0, grad_bias.size > 0
+    needs_input, needs_weight, needs_bias = dx.size > 0, grad_weight.size > 0, grad_bias.size > 0
 
     # rows of z
     reach = (R - 1) * dil_h + 1
@@ -487,8 +509,14 @@ def backward_task(
     ring = aligned_zeros((reach + 1) * slot if needs_weight else 0, x)
     padded = up(taps, TAPS)
     offsets, places = np.zeros(padded, np.int64), np.zeros(taps, np.int64)
-    run = aligned_zeros(blocks * padded * V if needs_weight else 0, x)
-    bias_run = aligned_zeros(blocks * V if needs_bias else 0, x)
+    total = aligned_zeros(blocks * padded * V if needs_weight else 0, x)
+    bias_total = aligned_zeros(blocks * V if needs_bias else 0, x)
+    size = up(K, V)
+    begin = (part * size + k0) * padded if needs_weight else 0
+    weights = grad_weight[begin : begin + total.size]
+    begin = part * size + k0 if needs_bias else 0
+    biases = grad_bias[begin : begin + bias_total.size]
+    weights[:], biases[:] = 0, 0
     since = 0
     # rows of dy
     behind = (R - 1) * dil_h // stride_h + 1
@@ -506,10 +534,9 @@ def backward_task(
     pixels = segment(channels, step)
     length = pixels * channels
     row = np.empty(0 if direct else W * channels, x.dtype)
-    from_x = sources[: 0 if direct else channels].copy()
-    for i in range(from_x.size):
-        from_x[i] = sources[c0 + i] * xs[1]
-    scales, shifts = spread(scale, c0, channels, length), spread(shift, c0, channels, length)
+    from_x = places_of(c0, 0 if direct else channels, C, shuffle, xs[1])
+    scales = spread(ordered(scale, c0, channels, shuffle), 0, channels, length)
+    shifts = spread(ordered(shift, c0, channels, shuffle), 0, channels, length)
     buffer, inner = np.empty(length, x.dtype), np.empty(length, x.dtype)
     products, plus = np.zeros(length), np.zeros(length)
     product_run, plus_run = np.zeros(length, x.dtype), np.zeros(length, x.dtype)
@@ -518,17 +545,15 @@ def backward_task(
     dx_direct = direct and dxs[1] == 1
     dx_row = np.empty(0 if dx_direct else W * channels, x.dtype)
     more_row = np.empty(dx_row.size if more.size > 0 else 0, x.dtype)
-    to_dx = sources[: 0 if dx_direct else channels].copy()
-    for i in range(to_dx.size):
-        to_dx[i] = sources[c0 + i] * dxs[1]
-    through = scale.size > 0 or more.size > 0
+    to_dx = places_of(c0, 0 if dx_direct else channels, C, shuffle, dxs[1])
+    through = scale.size > 0 or more.size > 0 or not dx_direct
 
     g_direct = gs[1] == 1
     g_step = gs[3] if g_direct else ks
     g_pixels = segment(ks, g_step)
     g_row = np.empty(0 if g_direct else Q * ks, x.dtype)
     y_row = np.empty(0 if g_direct or y.size == 0 else Q * ks, x.dtype)
-    from_g = (k0 + np.arange(0 if g_direct else ks)) * gs[1]
+    from_g = places_of(k0, 0 if g_direct else ks, K, 1, gs[1])
     g_length = g_pixels * ks
     of_g, of_y, constant = spread(a, k0, ks, g_length), spread(b, k0, ks, g_length), spread(c, k0, ks, g_length)
     gated_scales, gated_shifts = spread(gated_scale, k0, ks, g_length), spread(gated_shift, k0, ks, g_length)
@@ -536,7 +561,6 @@ def backward_task(
     gate_adds = np.empty(gates.size, x.dtype)
     g_buffer, g_inner = np.empty(g_length, x.dtype), np.empty(g_length, x.dtype)
 
-    K = C * M
     for n in range(n0, n1):
         if gate.size > 0:
             pending.fill(gate[n * K + k0 : n * K + k0 + ks], True, 1, gates)
@@ -546,35 +570,28 @@ def backward_task(
             top = p * stride_h - pad_h
             for q in range(max(p_following, p - behind + 1 if needs_input else p, 0), min(P, p + 1)):
                 at = n * gs[0] + q * gs[2]
-                to = q % behind * dy_slot + left * V
-                if g_direct:
-                    load_gradient_row(
-                        g, y, at + k0, g_step, Q, ks, of_g, of_y, constant, gates, gate_adds,
-                        gated_scales, gated_shifts, gated_kind, gated_slope, g_buffer, g_inner, dy_ring, to, dy_width,
-                    )  # fmt: skip
-                else:
+                if not g_direct:
                     gather(g, at, from_g, gs[3], Q, g_row)
                     if y.size > 0:
                         gather(y, at, from_g, gs[3], Q, y_row)
-                    load_gradient_row(
-                        g_row, y_row, 0, g_step, Q, ks, of_g, of_y, constant, gates, gate_adds,
-                        gated_scales, gated_shifts, gated_kind, gated_slope, g_buffer, g_inner, dy_ring, to, dy_width,
-                    )  # fmt: skip
+                load_gradient_row(
+                    g if g_direct else g_row, y if g_direct else y_row, at + k0 if g_direct else 0, g_step, Q, ks,
+                    of_g, of_y, constant, gates, gate_adds, gated_scales, gated_shifts, gated_kind, gated_slope,
+                    g_buffer, g_inner, dy_ring, q % behind * dy_slot + left * V, dy_width,
+                )  # fmt: skip
             p_following = min(P, p + 1)
             if p < P and needs_bias:
                 for block in range(blocks):
-                    sum_row(dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, bias_run, block * V)
+                    sum_row(dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, bias_total, block * V)
             if p < P and needs_weight:
                 for h in range(max(following, top, 0), min(H, top + reach)):
                     at = n * xs[0] + h * xs[2]
-                    to = h % reach * slot + pad_w * V
-                    if direct:
-                        load_row(
-                            x, at + c0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width
-                        )  # fmt: skip
-                    else:
+                    if not direct:
                         gather(x, at, from_x, xs[3], W, row)
-                        load_row(row, 0, step, W, channels, M, scales, shifts, kind, slope, buffer, ring, to, width)
+                    load_row(
+                        x if direct else row, at + c0 if direct else 0, step, W, channels, M, scales, shifts, kind,
+                        slope, buffer, ring, h % reach * slot + pad_w * V, width,
+                    )  # fmt: skip
                 following = max(following, min(H, top + reach))
                 for r in range(R):
                     h = top + r * dil_h
@@ -587,15 +604,15 @@ def backward_task(
                     correlate_row(
                         ring, offsets, block * width * V, padded,
                         dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, stride_w,
-                        run, block * padded * V,
+                        total, block * padded * V,
                     )  # fmt: skip
             if p < P:
                 since += Q
                 if since >= RUN:
                     if needs_weight:
-                        flush(run, grad_weight[part, k0 * padded : k0 * padded + run.size])
+                        flush(total, weights)
                     if needs_bias:
-                        flush(bias_run, grad_bias[part, k0 : k0 + bias_run.size])
+                        flush(bias_total, biases)
                     since = 0
             if not needs_input:
                 continue
@@ -621,11 +638,7 @@ def backward_task(
                         )  # fmt: skip
                 at, to = n * xs[0] + h * xs[2] + c0, n * dxs[0] + h * dxs[2]
                 if not through:
-                    if dx_direct:
-                        from_blocks(out, 0, wide, W, channels, M, dx, to + c0, dxs[3], past)
-                    else:
-                        from_blocks(out, 0, wide, W, channels, M, dx_row, 0, channels, False)
-                        scatter(dx_row, to_dx, dxs[3], W, dx, to)
+                    from_blocks(out, 0, wide, W, channels, M, dx, to + c0, dxs[3], past)
                     continue
                 if not direct and scale.size > 0:
                     gather(x, at - c0, from_x, xs[3], W, row)
@@ -663,75 +676,78 @@ def backward_task(
                 if not dx_direct:
                     scatter(dx_row, to_dx, dxs[3], W, dx, to)
     if needs_weight:
-        flush(run, grad_weight[part, k0 * padded : k0 * padded + run.size])
+        flush(total, weights)
     if needs_bias:
-        flush(bias_run, grad_bias[part, k0 : k0 + bias_run.size])
+        flush(bias_total, biases)
     if sums.size > 0:
         pending.flush(product_run, products)
         pending.flush(plus_run, plus)
-        pending.fold(products, True, 1, sums[0, part, c0 : c0 + channels])
-        pending.fold(plus, True, 1, sums[1, part, c0 : c0 + channels])
+        begin = part * 2 * C + c0
+        sums[begin : begin + channels], sums[begin + C : begin + C + channels] = 0, 0
+        pending.fold(products, True, 1, sums[begin : begin + channels])
+        pending.fold(plus, True, 1, sums[begin + C : begin + C + channels])
     fence()
 
 
+def backward_tasks(task, numbers, like_at):
+    """backward_task, as a C function."""
+    like = numba.carray(like_at, 0)
+    n = integers(numbers, 59)
+    N, C, K, parts, size = n[0], n[1], n[1] * n[2], n[17] * n[18], up(n[1] * n[2], lanes(like))
+    taps, t = n[7] * n[8], like.dtype.type
+    backward_task(
+        task, n[:16], n[16:19], array_at(n[19], n[20], like), n[21:25], there(n[31], C, like), there(n[32], C, like),
+        n[33], t(as_float(n[34])), n[39] != 0, array_at(n[35], size * taps, like), array_at(n[36], size, like),
+        array_at(n[25], n[26], like), there(n[40], n[26], like), n[27:31],
+        there(n[41], K, like), there(n[42], K, like), there(n[43], K, like),
+        there(n[44], N * K, like), there(n[45], N * K, like), there(n[46], K, like), there(n[47], K, like),
+        n[48], t(as_float(n[49])), there(n[50], n[52], like), there(n[51], n[52], like), n[53:57], n[37] != 0,
+        there(n[38], parts * size * up(taps, TAPS), DOUBLE), there(n[57], parts * size, DOUBLE),
+        there(n[58], parts * 2 * C, DOUBLE),
+    )  # fmt: skip
+
+
 @call
-def backward(
-    like, threads, geometry, plan, x_at, scale_at, shift_at, kind, slope, scaled, weight_at, g_at, y_at,
-    a_at, b_at, c_at, gate_at, gate_add_at, gated_scale_at, gated_shift_at, gated_kind, gated_slope,
-    add_at, dx_at, past, grad_weight_at, grad_bias_at, sums_at,
-):  # fmt: skip
+def backward(like, threads, task, numbers, weight_at, grad_weight_at, grad_bias_at, sums_at):
     """dx, grad_weight and grad_bias, each unless its address is 0; with sums_at those of du * x and of du [2, C].
 
-    y has the strides of g, add those of dx.
+    task: the address of backward_tasks. numbers: geometry, plan, x, grad_output, then addresses and numbers: scale,
+    shift, kind, slope, packed weight, zeros, whether the stores go past the caches, parts of grad_weight, scaled, y,
+    a, b, c, gate, its add, scale, shift, kind and slope, what is added to dx, dx, parts of grad_bias and of the sums.
+    y has the strides of grad_output, what is added those of dx.
     """
     set_threads(threads)
-    N, C, M, R, S = geometry[0], geometry[1], geometry[2], geometry[7], geometry[8]
-    K, padded = C * M, up(R * S, TAPS)
-    x, g = array_at(x_at[0], x_at[1], like), array_at(g_at[0], g_at[1], like)
-    y, dx, more = there(y_at, g_at[1], like), there(dx_at[0], dx_at[1], like), there(add_at, dx_at[1], like)
-    sources = find_sources(C, geometry[15])
-    scale, shift = ordered(there(scale_at, C, like), sources), ordered(there(shift_at, C, like), sources)
-    packed, zero_bias = pack(array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(0, K, like))
-    a, b, c = there(a_at, K, like), there(b_at, K, like), there(c_at, K, like)
-    gate, gate_add = there(gate_at, N * K, like), there(gate_add_at, N * K, like)
-    gated_scale, gated_shift = there(gated_scale_at, K, like), there(gated_shift_at, K, like)
-    slope, gated_slope = like.dtype.type(slope), like.dtype.type(gated_slope)
-    parts, chunks, size = plan[1] * plan[2], (C + plan[0] - 1) // plan[0], up(K, lanes(like))
-    weights = np.zeros((parts, size * padded if grad_weight_at[0] != 0 else 0))
-    biases = np.zeros((parts, size if grad_bias_at != 0 else 0))
-    sums = np.zeros((2, parts, C if sums_at != 0 else 0))
-    needs_input = dx_at[0] != 0
-    passes = past != 0 and needs_input and can_pass(dx_at[0], dx_at[2:], like.itemsize)
-    for task in numba.prange(parts * chunks):
-        backward_task(
-            task, geometry, plan, x, x_at[2:], sources, scale, shift, kind, slope, scaled != 0, packed, zero_bias,
-            g, y, g_at[2:], a, b, c, gate, gate_add, gated_scale, gated_shift, gated_kind, gated_slope,
-            more, dx, dx_at[2:], passes, weights, biases, sums, needs_input,
-        )  # fmt: skip
+    C, M, R, S = numbers[1], numbers[2], numbers[7], numbers[8]
+    K, parts, padded = C * M, numbers[17] * numbers[18], up(R * S, TAPS)
+    V = lanes(like)
+    size = up(K, V)
+    pack(
+        array_at(weight_at[0], weight_at[1], like), weight_at[2:], K, R, S, there(0, K, like),
+        array_at(numbers[35], size * R * S, like), array_at(numbers[36], size, like),
+    )  # fmt: skip
+    run(task, parts * ((C + numbers[16] - 1) // numbers[16]), np.array(numbers), like)
     if grad_weight_at[0] != 0:
         grad_weight, strides = array_at(grad_weight_at[0], grad_weight_at[1], like), grad_weight_at[2:]
-        V = lanes(like)
-        total = np.zeros(size * padded)
-        for part in range(parts):
-            for i in range(total.size):
-                total[i] += weights[part, i]
+        total = sum_parts(array_at(numbers[38], parts * size * padded, DOUBLE), parts)
         for k in range(K):
             for r in range(R):
                 for s in range(S):
                     value = total[(k // V * padded + r * S + s) * V + k % V]
                     grad_weight[k * strides[0] + r * strides[1] + s * strides[2]] = value
     if grad_bias_at != 0:
-        grad_bias = array_at(grad_bias_at, K, like)
-        for k in range(K):
-            value = 0.0
-            for part in range(parts):
-                value += biases[part, k]
-            grad_bias[k] = value
+        pending.copy(sum_parts(array_at(numbers[57], parts * size, DOUBLE), parts), array_at(grad_bias_at, K, like))
     if sums_at != 0:
-        result = array_at(sums_at, 2 * C, like)
-        for i in range(2):
-            for k in range(C):
-                value = 0.0
-                for part in range(parts):
-                    value += sums[i, part, k]
-                result[i * C + sources[k]] = value
+        total, sums = sum_parts(array_at(numbers[58], parts * 2 * C, DOUBLE), parts), array_at(sums_at, 2 * C, like)
+        for c in range(C):
+            to = source(c, C, numbers[15])
+            sums[to], sums[C + to] = total[c], total[C + c]
+
+
+@inline
+def sum_parts(record, parts):
+    """The sum of the parts, in the first one's place."""
+    size = record.size // parts
+    for part in range(1, parts):
+        for i in range(size):
+            record[i] += record[part * size + i]
+    return record[:size]
