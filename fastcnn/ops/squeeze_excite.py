@@ -18,6 +18,8 @@ without another pass. du itself is left to the convolution that made x, where th
 
 from typing import NamedTuple
 
+import contextlib
+
 import torch
 
 from fastcnn.ops import batch_norm_affine, batch_norm_passes, common, conv_fusion, pending, pending_cpu
@@ -27,7 +29,7 @@ from fastcnn.ops.conv_batch_norm import refuse_second_derivatives
 PROGRAMS = 1024  # at least, where images have tiles for so many
 MIN_TILES = 4  # that a share of an image has
 MAX_SQUEEZED = 1024  # hidden channels that one program of the kernels holds
-BLOCK_N, BLOCK_C = 32, 32  # images and channels of a step of the parameters' gradients
+BLOCK_N, BLOCK_S, BLOCK_C = 16, 32, 32  # images of a step, hidden channels and channels of the parameters' gradients
 
 
 class Form(NamedTuple):
@@ -81,10 +83,17 @@ def pooled(x, scale, shift, form, backend):
     return pending.pending_reference(wide).mean((2, 3))
 
 
+def _without_autocast(tensor):
+    # of devices that know it: "meta" does not
+    if common.autocast_enabled(tensor):
+        return torch.autocast(tensor.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def gate_forward(pooled, layers, form, dtype, pixels, backend):
     """(squeezed [N, S], excited [N, C] before their activations, gate [N, C] in this dtype)."""
     if backend != "triton":
-        with torch.autocast(pooled.device.type, enabled=False):
+        with _without_autocast(pooled):
             squeezed, excited, gate = _small_layers(pooled, layers, form)
         return squeezed, excited, gate.to(dtype)
     from fastcnn.kernels.triton.squeeze_excite import squeeze_excite_gate_kernel
@@ -108,7 +117,7 @@ def backward(dz, x, scale, shift, layers, saved, form, needs, backend):
         return _gate_backward(_image_sums(x, scale, shift, form, dz), layers, saved, form, needs, pixels)
     mean, squeezed, excited = saved
     products = _products(dz, x, scale, shift, form, backend)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         gate, de = _activation_backward(products[0], excited, form.excite)
         hidden, dt = _activation_backward(de @ layers.w2.flatten(1).to(de.dtype), squeezed, form.squeeze)
         add = (dt @ layers.w1.flatten(1).to(dt.dtype)) / pixels
@@ -226,7 +235,8 @@ def _image_sums(x, scale, shift, form, dz=None):
 
     n, c = x.shape[:2]
     # five sums per element of a tile
-    layout, (_, blocks), (inner, tiles, _, *strides), how = _plan(x, 1 if dz is None else 2)
+    part = 1 if dz is None and x.dtype != torch.float64 else 2
+    layout, (_, blocks), (inner, tiles, _, *strides), how = _plan(x, part)
     tiles //= n
     shares = max(1, min(PROGRAMS // (n * blocks), tiles // MIN_TILES))
     per_share = -(-tiles // shares)
@@ -256,7 +266,7 @@ def _gate_backward(sums, layers, saved, form, needs, pixels):
     gate, add, dexcited, dsqueezed = (sums.new_empty((n, width)) for width in (c, c, c, s))
     vectors = sums.new_empty((1, 2, c)) if needs[0] else None
     grads = [p.new_empty(p.shape) if need else None for p, need in zip(layers, needs[1:], strict=True)]
-    block_s = min(64, 1 << max(4, (s - 1).bit_length()))
+    block_s = min(BLOCK_S, 1 << max(4, (s - 1).bit_length()))
     with common.device_guard(sums):
         squeeze_excite_gate_backward_kernel[(n,)](
             sums, *_dense(layers.w1, layers.w2), squeezed, excited, dsqueezed, dexcited, gate, add, c, s, pixels,
