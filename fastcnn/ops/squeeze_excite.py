@@ -16,9 +16,8 @@ f'(u). From the gate's follows `add`, the gradient of the mean over H * W, and s
 without another pass. du itself is left to the convolution that made x, where that computes it on load (GatedAhead).
 """
 
-from typing import NamedTuple
-
 import contextlib
+from typing import NamedTuple
 
 import torch
 
