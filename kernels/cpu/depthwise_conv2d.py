@@ -1,7 +1,7 @@
 """Depthwise convolution on CPU, fp32 and fp64: forward, and both gradients in one pass over memory.
 
 A task is a range of channels, of images and of rows. The rows that the window touches go through a ring that the caches
-hold: there a row is [blocks][columns][lanes], a vector of channels per pixel, with zeros where padding is. What is to
+hold: there a row is [columns][channels], whole vectors of them per pixel, with zeros where padding is. What is to
 be done to an image on load is done once, on the way in. All layouts end there: the loops over taps know only rings, and
 every tensor is read once. Results leave by a row of the same form. The inner loops keep vectors in registers, as sums
 of GROUP pixels (convolve_row) or of TAPS taps (correlate_row), each in a fixed order.
@@ -21,7 +21,7 @@ from fastcnn.kernels.cpu import pending
 from fastcnn.kernels.cpu.chain import set_threads, there
 from fastcnn.kernels.cpu.common import array_at
 from fastcnn.kernels.cpu.tasks import as_float, integers, run
-from fastcnn.kernels.cpu.vector import add, add_wide, fence, fma, lanes, load, store, stream, subtract, zeros
+from fastcnn.kernels.cpu.vector import add, add_wide, fence, fma, lanes, load, prefetch, store, stream, subtract, zeros
 
 GROUP = 7  # pixels or taps that are summed at a time: sizes of images are often multiples of it
 TAPS = 9
@@ -92,36 +92,58 @@ def pack(weight, strides, K, R, S, bias, packed, biases):
 
 
 @inline
-def convolve_row(x, offsets, places, at, taps, weights, start, bias, bias_at, count, step, y, y_at, y_step):
-    """y[j] = bias + sum over taps of x[j * step + offset] * weight, for GROUPs of j; a weight lies at its place."""
+def convolve_row(
+    x, offsets, places, taps, weights, start, weight_pitch, bias, bias_at, count, blocks, step, y, y_at, y_step, past,
+    later, later_at, later_lines,
+):  # fmt: skip
+    """y[j] = bias + sum over taps of x[j * step + offset] * weight, for GROUPs of j; a weight lies at its place.
+
+    Meanwhile so many cache lines of `later` are fetched with every vector of sums.
+    """
     V = lanes(x)
-    first = load(bias, bias_at)
     for j in range(0, count, GROUP):
-        a0 = a1 = a2 = a3 = a4 = a5 = a6 = first
-        from_x = at + j * step * V
-        for k in range(taps):
-            w = load(weights, start + places[k])
-            here = from_x + offsets[k]
-            a0 = fma(load(x, here), w, a0)
-            a1 = fma(load(x, here + step * V), w, a1)
-            a2 = fma(load(x, here + 2 * step * V), w, a2)
-            a3 = fma(load(x, here + 3 * step * V), w, a3)
-            a4 = fma(load(x, here + 4 * step * V), w, a4)
-            a5 = fma(load(x, here + 5 * step * V), w, a5)
-            a6 = fma(load(x, here + 6 * step * V), w, a6)
-        to = y_at + j * y_step * V
-        store(y, to, a0)
-        store(y, to + y_step * V, a1)
-        store(y, to + 2 * y_step * V, a2)
-        store(y, to + 3 * y_step * V, a3)
-        store(y, to + 4 * y_step * V, a4)
-        store(y, to + 5 * y_step * V, a5)
-        store(y, to + 6 * y_step * V, a6)
+        for b in range(blocks):
+            for i in range(later_lines):
+                prefetch(later, later_at + i * V)
+            later_at += later_lines * V
+            a0 = a1 = a2 = a3 = a4 = a5 = a6 = load(bias, bias_at + b * V)
+            from_x = j * step + b * V
+            from_weights = start + b * weight_pitch
+            for k in range(taps):
+                w = load(weights, from_weights + places[k])
+                here = from_x + offsets[k]
+                a0 = fma(load(x, here), w, a0)
+                a1 = fma(load(x, here + step), w, a1)
+                a2 = fma(load(x, here + 2 * step), w, a2)
+                a3 = fma(load(x, here + 3 * step), w, a3)
+                a4 = fma(load(x, here + 4 * step), w, a4)
+                a5 = fma(load(x, here + 5 * step), w, a5)
+                a6 = fma(load(x, here + 6 * step), w, a6)
+            to = y_at + j * y_step + b * V
+            if past:
+                stream(y, to, a0)
+                stream(y, to + y_step, a1)
+                stream(y, to + 2 * y_step, a2)
+                stream(y, to + 3 * y_step, a3)
+                stream(y, to + 4 * y_step, a4)
+                stream(y, to + 5 * y_step, a5)
+                stream(y, to + 6 * y_step, a6)
+            else:
+                store(y, to, a0)
+                store(y, to + y_step, a1)
+                store(y, to + 2 * y_step, a2)
+                store(y, to + 3 * y_step, a3)
+                store(y, to + 4 * y_step, a4)
+                store(y, to + 5 * y_step, a5)
+                store(y, to + 6 * y_step, a6)
 
 
 @inline
-def correlate_row(x, offsets, at, taps, dy, dy_at, count, step, sums, sums_at):
-    """sums[tap] += sum over j of dy[j] * x[j * step + offset]; taps are a multiple of TAPS."""
+def correlate_row(x, offsets, at, taps, dy, dy_at, pitch, count, step, sums, sums_at, later, later_at, later_step):
+    """sums[tap] += sum over j of dy[j] * x[j * step + offset]; taps are a multiple of TAPS.
+
+    dy[j] lie pitch apart. Meanwhile what lies from later_at on, later_step apart, is fetched.
+    """
     V = lanes(x)
     for k in range(0, taps, TAPS):
         o0, o1, o2 = at + offsets[k], at + offsets[k + 1], at + offsets[k + 2]
@@ -132,8 +154,8 @@ def correlate_row(x, offsets, at, taps, dy, dy_at, count, step, sums, sums_at):
         a3, a4, a5 = load(sums, to + 3 * V), load(sums, to + 4 * V), load(sums, to + 5 * V)
         a6, a7, a8 = load(sums, to + 6 * V), load(sums, to + 7 * V), load(sums, to + 8 * V)
         for j in range(count):
-            d = load(dy, dy_at + j * V)
-            here = j * step * V
+            d = load(dy, dy_at + j * pitch)
+            here = j * step
             a0 = fma(d, load(x, o0 + here), a0)
             a1 = fma(d, load(x, o1 + here), a1)
             a2 = fma(d, load(x, o2 + here), a2)
@@ -143,6 +165,7 @@ def correlate_row(x, offsets, at, taps, dy, dy_at, count, step, sums, sums_at):
             a6 = fma(d, load(x, o6 + here), a6)
             a7 = fma(d, load(x, o7 + here), a7)
             a8 = fma(d, load(x, o8 + here), a8)
+            prefetch(later, later_at + j * later_step)
         store(sums, to, a0)
         store(sums, to + V, a1)
         store(sums, to + 2 * V, a2)
@@ -155,23 +178,21 @@ def correlate_row(x, offsets, at, taps, dy, dy_at, count, step, sums, sums_at):
 
 
 @inline
-def sum_row(x, at, count, sums, sums_at):
-    """sums += sum over j of x[j]."""
-    V = lanes(x)
+def sum_row(x, at, pitch, count, sums, sums_at):
+    """sums += sum over j of x[j], which lie pitch apart."""
     total = load(sums, sums_at)
     for j in range(count):
-        total = add(total, load(x, at + j * V))
+        total = add(total, load(x, at + j * pitch))
     store(sums, sums_at, total)
 
 
 @inline
-def moments_row(x, at, count, pivot, pivot_at, sums, squares):
+def moments_row(x, at, pitch, count, pivot, pivot_at, sums, squares):
     """sums += sum over j of x[j] - pivot, squares of its square."""
-    V = lanes(x)
     middle = load(pivot, pivot_at)
     total, square = load(sums, pivot_at), load(squares, pivot_at)
     for j in range(count):
-        d = subtract(load(x, at + j * V), middle)
+        d = subtract(load(x, at + j * pitch), middle)
         total = add(total, d)
         square = fma(d, d, square)
     store(sums, pivot_at, total)
@@ -202,83 +223,53 @@ def gather(x, at, places, step, count, row):
 
 
 @inline
-def scatter(row, places, step, count, x, at):
-    """The way back."""
-    channels = places.size
-    for c in range(channels):
+def scatter(row, pitch, places, step, count, x, at):
+    """The way back, of pixels pitch apart."""
+    for c in range(places.size):
         start = at + places[c]
         for j in range(count):
-            x[start + j * step] = row[j * channels + c]
+            x[start + j * step] = row[j * pitch + c]
 
 
 @inline
-def to_blocks(x, at, step, count, channels, M, ring, to, width):
-    """Pixels of so many channels, step apart, into a row of the ring, each channel M times."""
-    V = lanes(x)
-    whole = channels // V if M == 1 else 0
-    for j in range(count):
-        here, start = at + j * step, to + j * V
-        for b in range(whole):
-            store(ring, start + b * width * V, load(x, here + b * V))
-        for k in range(whole * V, channels * M):
-            ring[start + k // V * width * V + k % V] = x[here + k // M]
+def pitch_of(channels, V):
+    """How far pixels of a ring lie apart: whole vectors, not where few sets of a cache would hold a column."""
+    vectors = (channels + V - 1) // V
+    return (vectors + (vectors % 8 == 0)) * V
 
 
 @inline
-def from_blocks(ring, at, width, count, channels, M, x, to, step, past):
-    """The way back: sums over M. past: whether the stores shall go past the caches."""
-    V = lanes(x)
-    whole = channels // V if M == 1 else 0
-    for j in range(count):
-        here, start = at + j * V, to + j * step
-        if past:
-            for b in range(whole):
-                stream(x, start + b * V, load(ring, here + b * width * V))
-        else:
-            for b in range(whole):
-                store(x, start + b * V, load(ring, here + b * width * V))
-        for c in range(whole * V, channels):
-            total = ring[here + c * M // V * width * V + c * M % V]
-            for k in range(c * M + 1, c * M + M):
-                total += ring[here + k // V * width * V + k % V]
-            x[start + c] = total
+def segment(channels, step, pitch):
+    """Pixels that go through the steps together: those that are one piece of memory in the image and in the ring."""
+    return max(1, pending.LENGTH // channels) if step == channels and pitch == channels else 1
 
 
 @inline
-def segment(channels, step):
-    """Pixels that go through the steps together: those of one piece of memory."""
-    return max(1, pending.LENGTH // channels) if step == channels else 1
-
-
-@inline
-def load_row(x, at, step, count, channels, M, scale, shift, kind, slope, buffer, ring, to, width):
-    """A row of the input, as pixels step apart; scale, shift: per segment."""
-    if scale.size == 0:
-        to_blocks(x, at, step, count, channels, M, ring, to, width)
-        return
-    pixels = segment(channels, step)
+def load_row(x, at, step, count, channels, M, scale, shift, kind, slope, buffer, ring, to, pitch):
+    """A row of the input, whose pixels are step apart, into the ring, each channel M times; vectors per segment."""
+    pixels = segment(channels, step, pitch)
     for j in range(0, count, pixels):
-        number = min(pixels, count - j)
-        z = buffer[: number * channels]
-        pending.affine(x[at + j * step : at + j * step + z.size], scale, shift, z)
-        pending.activate(z, kind, slope)
-        to_blocks(z, 0, channels, number, channels, M, ring, to + j * lanes(x), width)
+        size = min(pixels, count - j) * channels
+        target = to + j * pitch
+        z = ring[target : target + size] if M == 1 else buffer[:size]
+        pending.affine(x[at + j * step : at + j * step + size], scale, shift, z)
+        if scale.size > 0:
+            pending.activate(z, kind, slope)
+        if M > 1:
+            for k in range(channels * M):
+                ring[target + k] = z[k // M]
 
 
 @inline
 def load_gradient_row(
-    g, y, at, step, count, channels, a, b, c, gate, gate_add, scale, shift, kind, slope, buffer, inner, ring, to, width
+    g, y, at, step, count, channels, a, b, c, gate, gate_add, scale, shift, kind, slope, inner, ring, to, pitch
 ):  # fmt: skip
-    """A row of the gradient of the output, as pixels step apart; vectors per segment."""
-    if a.size == 0 and gate.size == 0:
-        to_blocks(g, at, step, count, channels, 1, ring, to, width)
-        return
-    pixels = segment(channels, step)
+    """A row of the gradient of the output, whose pixels are step apart, into the ring; vectors per segment."""
+    pixels = segment(channels, step, pitch)
     for j in range(0, count, pixels):
-        number = min(pixels, count - j)
-        size = number * channels
-        begin = at + j * step
-        d = buffer[:size]
+        size = min(pixels, count - j) * channels
+        begin, target = at + j * step, to + j * pitch
+        d = ring[target : target + size]
         given = g[begin : begin + size]
         if gate.size > 0:
             u = inner[:size]
@@ -291,7 +282,8 @@ def load_gradient_row(
         elif a.size > 0:
             for i in range(size):
                 d[i] = given[i] * a[i]
-        to_blocks(d, 0, channels, number, channels, 1, ring, to + j * lanes(g), width)
+        elif gate.size == 0:
+            pending.copy(given, d)
 
 
 @inline
@@ -301,12 +293,12 @@ def spread(vector, first, channels, length):
 
 
 @inline
-def put_pixels(row, count, channels, x, at, step, past):
-    """Pixels [count][channels] to where they lie step apart."""
+def put_pixels(row, at, pitch, count, channels, x, to, step, past):
+    """Pixels pitch apart to where they lie step apart, past: past the caches."""
     V = lanes(x)
     whole = channels // V
     for j in range(count):
-        here, start = j * channels, at + j * step
+        here, start = at + j * pitch, to + j * step
         if past:
             for b in range(whole):
                 stream(x, start + b * V, load(row, here + b * V))
@@ -350,26 +342,26 @@ def forward_task(
 
     reach = (R - 1) * dil_h + 1
     width = max(W + pad_w, (up(Q, GROUP) - 1) * stride_w + (S - 1) * dil_w + 1)
-    slot = blocks * width * V
+    pitch = pitch_of(ks, V)
+    slot = width * pitch
     ring = aligned_zeros((reach + 1) * slot, x)  # the last is the rows outside the image
-    wide = up(Q, GROUP)
-    out = aligned_zeros(blocks * wide * V, x)
+    out = aligned_zeros(up(Q, GROUP) * pitch, x)
     offsets, places = np.empty(taps, np.int64), np.arange(taps) * V
 
     direct = xs[1] == 1 and shuffle == 1
     step = xs[3] if direct else channels
-    pixels = segment(channels, step)
+    pixels = segment(channels, step, pitch)
     row = np.empty(0 if direct else W * channels, x.dtype)
     from_x = places_of(c0, 0 if direct else channels, C, shuffle, xs[1])
-    y_direct = ys[1] == 1
-    y_step = ys[3] if y_direct else ks
-    to_y = places_of(k0, 0 if y_direct else ks, K, 1, ys[1])
-    plain = np.empty(0 if y_direct else Q * ks, x.dtype)
-    buffer = np.empty(pixels * channels if scale.size > 0 else 0, x.dtype)
+    to_y = places_of(k0, 0 if ys[1] == 1 else ks, K, 1, ys[1])
+    buffer = np.empty(pixels * channels if M > 1 else 0, x.dtype)
     scales = spread(ordered(scale, c0, channels, shuffle), 0, channels, pixels * channels)
     shifts = spread(ordered(shift, c0, channels, shuffle), 0, channels, pixels * channels)
 
     measure = record.size > 0
+    straight = ys[1] == 1 and not measure and ks % V == 0  # sums go from the registers to y
+    sums_of_row = blocks * (up(Q, GROUP) // GROUP)
+    lines_later = (stride_h * W * channels // V + sums_of_row - 1) // sums_of_row if direct and step == channels else 0
     moments = record[part * (1 + 3 * up(K, V)) :]
     pivots, sums, squares = moments_of(moments, up(K, V), k0, blocks * V if measure else 0)
     pivots[:], sums[:], squares[:] = 0, 0, 0
@@ -386,39 +378,46 @@ def forward_task(
                     gather(x, at, from_x, xs[3], W, row)
                 load_row(
                     x if direct else row, at + c0 if direct else 0, step, W, channels, M, scales, shifts, kind, slope,
-                    buffer, ring, h % reach * slot + pad_w * V, width,
+                    buffer, ring, h % reach * slot + pad_w * pitch, pitch,
                 )  # fmt: skip
             following = max(following, min(H, top + reach))
             for r in range(R):
                 h = top + r * dil_h
                 at = (h % reach if h >= 0 and h < H else reach) * slot
                 for s in range(S):
-                    offsets[r * S + s] = at + s * dil_w * V
-            for b in range(blocks):
-                k = k0 + b * V
+                    offsets[r * S + s] = at + s * dil_w * pitch
+            at = n * ys[0] + p * ys[2]
+            whole = Q // GROUP * GROUP if straight else 0
+            if whole > 0:
                 convolve_row(
-                    ring, offsets, places, b * width * V, taps, packed, k * taps, biases, k, Q, stride_w,
-                    out, b * wide * V, 1,
+                    ring, offsets, places, taps, packed, k0 * taps, taps * V, biases, k0, whole, blocks,
+                    stride_w * pitch, y, at + k0, ys[3], past, x, n * xs[0] + following * xs[2] + c0, lines_later,
                 )  # fmt: skip
+            if whole == Q:
+                continue
+            for i in range(taps):
+                offsets[i] += whole * stride_w * pitch
+            convolve_row(
+                ring, offsets, places, taps, packed, k0 * taps, taps * V, biases, k0, Q - whole, blocks,
+                stride_w * pitch, out, 0, pitch, False, x, n * xs[0] + following * xs[2] + c0, lines_later,
+            )  # fmt: skip
             if measure:
                 if n == n0 and p == p0:
                     for b in range(blocks):
-                        sum_row(out, b * wide * V, Q, pivot, b * V)
+                        sum_row(out, b * V, pitch, Q, pivot, b * V)
                     for i in range(pivot.size):
                         pivot[i] /= Q
                 for b in range(blocks):
-                    moments_row(out, b * wide * V, Q, pivot, b * V, total, square)
+                    moments_row(out, b * V, pitch, Q, pivot, b * V, total, square)
                 since += Q
                 if since >= RUN:
                     flush(total, sums)
                     flush(square, squares)
                     since = 0
-            at = n * ys[0] + p * ys[2]
-            from_blocks(
-                out, 0, wide, Q, ks, 1, y if y_direct else plain, at + k0 if y_direct else 0, y_step, past and y_direct
-            )  # fmt: skip
-            if not y_direct:
-                scatter(plain, to_y, ys[3], Q, y, at)
+            if ys[1] == 1:
+                put_pixels(out, 0, pitch, Q - whole, ks, y, at + k0 + whole * ys[3], ys[3], past)
+            else:
+                scatter(out, pitch, to_y, ys[3], Q, y, at)
     if measure:
         flush(total, sums)
         flush(square, squares)
@@ -505,7 +504,8 @@ def backward_task(
     # rows of z
     reach = (R - 1) * dil_h + 1
     width = max(W + pad_w, (Q - 1) * stride_w + (S - 1) * dil_w + 1)
-    slot = blocks * width * V
+    pitch = pitch_of(ks, V)
+    slot = width * pitch
     ring = aligned_zeros((reach + 1) * slot if needs_weight else 0, x)
     padded = up(taps, TAPS)
     offsets, places = np.zeros(padded, np.int64), np.zeros(taps, np.int64)
@@ -523,15 +523,14 @@ def backward_task(
     left = max(0, ((S - 1) * dil_w - pad_w + stride_w - 1) // stride_w)
     across = up((W + stride_w - 1) // stride_w, GROUP)
     dy_width = left + max(Q, across + (stride_w - 1 + pad_w) // stride_w + 1)
-    dy_slot = blocks * dy_width * V
+    dy_slot = dy_width * pitch
     dy_ring = aligned_zeros(behind * dy_slot, x)
     # a row of dz
-    wide = across * stride_w
-    out = aligned_zeros(blocks * wide * V if needs_input else 0, x)
+    out = aligned_zeros(across * stride_w * pitch if needs_input else 0, x)
 
     direct = xs[1] == 1 and shuffle == 1
     step = xs[3] if direct else channels
-    pixels = segment(channels, step)
+    pixels = segment(channels, step, pitch)
     length = pixels * channels
     row = np.empty(0 if direct else W * channels, x.dtype)
     from_x = places_of(c0, 0 if direct else channels, C, shuffle, xs[1])
@@ -546,11 +545,14 @@ def backward_task(
     dx_row = np.empty(0 if dx_direct else W * channels, x.dtype)
     more_row = np.empty(dx_row.size if more.size > 0 else 0, x.dtype)
     to_dx = places_of(c0, 0 if dx_direct else channels, C, shuffle, dxs[1])
-    through = scale.size > 0 or more.size > 0 or not dx_direct
+    # sums go from the registers to dx
+    straight = dx_direct and scale.size == 0 and more.size == 0 and M == 1 and channels % V == 0
+    sums_of_row = blocks * stride_w * ((W + stride_w * GROUP - 1) // (stride_w * GROUP))
+    lines_later = (W * channels // V + sums_of_row - 1) // sums_of_row if direct and step == channels else 0
 
     g_direct = gs[1] == 1
     g_step = gs[3] if g_direct else ks
-    g_pixels = segment(ks, g_step)
+    g_pixels = segment(ks, g_step, pitch)
     g_row = np.empty(0 if g_direct else Q * ks, x.dtype)
     y_row = np.empty(0 if g_direct or y.size == 0 else Q * ks, x.dtype)
     from_g = places_of(k0, 0 if g_direct else ks, K, 1, gs[1])
@@ -559,7 +561,7 @@ def backward_task(
     gated_scales, gated_shifts = spread(gated_scale, k0, ks, g_length), spread(gated_shift, k0, ks, g_length)
     gates = np.empty(g_length if gate.size > 0 else 0, x.dtype)
     gate_adds = np.empty(gates.size, x.dtype)
-    g_buffer, g_inner = np.empty(g_length, x.dtype), np.empty(g_length, x.dtype)
+    g_inner = np.empty(g_length, x.dtype)
 
     for n in range(n0, n1):
         if gate.size > 0:
@@ -577,12 +579,12 @@ def backward_task(
                 load_gradient_row(
                     g if g_direct else g_row, y if g_direct else y_row, at + k0 if g_direct else 0, g_step, Q, ks,
                     of_g, of_y, constant, gates, gate_adds, gated_scales, gated_shifts, gated_kind, gated_slope,
-                    g_buffer, g_inner, dy_ring, q % behind * dy_slot + left * V, dy_width,
+                    g_inner, dy_ring, q % behind * dy_slot + left * pitch, pitch,
                 )  # fmt: skip
             p_following = min(P, p + 1)
             if p < P and needs_bias:
                 for block in range(blocks):
-                    sum_row(dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, bias_total, block * V)
+                    sum_row(dy_ring, p % behind * dy_slot + left * pitch + block * V, pitch, Q, bias_total, block * V)
             if p < P and needs_weight:
                 for h in range(max(following, top, 0), min(H, top + reach)):
                     at = n * xs[0] + h * xs[2]
@@ -590,21 +592,21 @@ def backward_task(
                         gather(x, at, from_x, xs[3], W, row)
                     load_row(
                         x if direct else row, at + c0 if direct else 0, step, W, channels, M, scales, shifts, kind,
-                        slope, buffer, ring, h % reach * slot + pad_w * V, width,
+                        slope, buffer, ring, h % reach * slot + pad_w * pitch, pitch,
                     )  # fmt: skip
                 following = max(following, min(H, top + reach))
                 for r in range(R):
                     h = top + r * dil_h
                     at = (h % reach if h >= 0 and h < H else reach) * slot
                     for s in range(S):
-                        offsets[r * S + s] = at + s * dil_w * V
+                        offsets[r * S + s] = at + s * dil_w * pitch
                 for k in range(taps, padded):
                     offsets[k] = 0
                 for block in range(blocks):
                     correlate_row(
-                        ring, offsets, block * width * V, padded,
-                        dy_ring, p % behind * dy_slot + (block * dy_width + left) * V, Q, stride_w,
-                        total, block * padded * V,
+                        ring, offsets, block * V, padded, dy_ring, p % behind * dy_slot + left * pitch + block * V,
+                        pitch, Q, stride_w * pitch, total, block * padded * V,
+                        g, n * gs[0] + (p + 1) * gs[2] + k0 + block * V if g_direct else 0, gs[3] if g_direct else 0,
                     )  # fmt: skip
             if p < P:
                 since += Q
@@ -616,7 +618,9 @@ def backward_task(
                     since = 0
             if not needs_input:
                 continue
+            fetched = 0
             for h in range(max(top, 0), min(H, top + stride_h)):
+                to = n * dxs[0] + h * dxs[2]
                 for phase in range(min(stride_w, W)):
                     count = 0
                     for r in range(R):
@@ -627,19 +631,35 @@ def backward_task(
                         for s in range(S):
                             aside = phase + pad_w - s * dil_w
                             if aside % stride_w == 0:
-                                offsets[count] = q % behind * dy_slot + (left + aside // stride_w) * V
+                                offsets[count] = q % behind * dy_slot + (left + aside // stride_w) * pitch
                                 places[count] = (r * S + s) * V
                                 count += 1
-                    for block in range(blocks):
+                    columns = (W - phase + stride_w - 1) // stride_w
+                    whole = columns // GROUP * GROUP if straight else 0
+                    if whole > 0:
                         convolve_row(
-                            dy_ring, offsets, places, block * dy_width * V, count, packed, (k0 + block * V) * taps,
-                            zero_bias, 0, (W - phase + stride_w - 1) // stride_w, 1,
-                            out, (block * wide + phase) * V, stride_w,
+                            dy_ring, offsets, places, count, packed, k0 * taps, taps * V, zero_bias, k0, whole, blocks,
+                            pitch, dx, to + c0 + phase * dxs[3], stride_w * dxs[3], past,
+                            x, n * xs[0] + following * xs[2] + c0 + fetched, lines_later,
                         )  # fmt: skip
-                at, to = n * xs[0] + h * xs[2] + c0, n * dxs[0] + h * dxs[2]
-                if not through:
-                    from_blocks(out, 0, wide, W, channels, M, dx, to + c0, dxs[3], past)
+                        fetched += whole // GROUP * blocks * lines_later * V
+                    if whole == columns:
+                        continue
+                    for i in range(count):
+                        offsets[i] += whole * pitch
+                    convolve_row(
+                        dy_ring, offsets, places, count, packed, k0 * taps, taps * V, zero_bias, k0, columns - whole,
+                        blocks, pitch, out, (phase + whole * stride_w) * pitch, stride_w * pitch, False,
+                        x, n * xs[0] + following * xs[2] + c0 + fetched, lines_later,
+                    )  # fmt: skip
+                    fetched += (columns - whole + GROUP - 1) // GROUP * blocks * lines_later * V
+                    if straight:
+                        for j in range(whole, columns):
+                            at = phase + j * stride_w
+                            put_pixels(out, at * pitch, pitch, 1, ks, dx, to + c0 + at * dxs[3], dxs[3], past)
+                if straight:
                     continue
+                at = n * xs[0] + h * xs[2] + c0
                 if not direct and scale.size > 0:
                     gather(x, at - c0, from_x, xs[3], W, row)
                 if not dx_direct and more.size > 0:
@@ -647,8 +667,12 @@ def backward_task(
                 for j in range(0, W, pixels):
                     number = min(pixels, W - j)
                     size = number * channels
-                    d = buffer[:size]
-                    from_blocks(out, j * V, wide, number, channels, M, d, 0, channels, False)
+                    d = out[j * pitch : j * pitch + size] if M == 1 else buffer[:size]
+                    if M > 1:
+                        for k in range(channels):
+                            d[k] = 0
+                            for i in range(k * M, k * M + M):
+                                d[k] += out[j * pitch + i]
                     if scale.size > 0:
                         xj = x[at + j * step : at + j * step + size] if direct else row[j * step : j * step + size]
                         if kind == pending.RELU:
@@ -670,11 +694,11 @@ def backward_task(
                         for i in range(size):
                             d[i] += source[begin + i]
                     if dx_direct:
-                        put_pixels(d, number, channels, dx, to + c0 + j * dxs[3], dxs[3], past)
+                        put_pixels(d, 0, channels, number, channels, dx, to + c0 + j * dxs[3], dxs[3], past)
                     else:
                         dx_row[j * channels : j * channels + size] = d
                 if not dx_direct:
-                    scatter(dx_row, to_dx, dxs[3], W, dx, to)
+                    scatter(dx_row, channels, to_dx, dxs[3], W, dx, to)
     if needs_weight:
         flush(total, weights)
     if needs_bias:

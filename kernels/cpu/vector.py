@@ -120,3 +120,20 @@ def add_wide(typingctx, totals, at, value):
         return context.get_dummy_value()
 
     return types.void(totals, types.intp, value), codegen
+
+
+@intrinsic
+def prefetch(typingctx, array, at):
+    """Ask for the cache line of this element, which need not exist."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        flag = ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]), "llvm.prefetch.p0"
+        )
+        pointer = builder.bitcast(_pointer(context, builder, signature, args, 0, ir.FloatType()), byte)
+        builder.call(function, [pointer, flag(0), flag(3), flag(1)])  # to read, into every cache, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
