@@ -23,28 +23,28 @@ class Tile(NamedTuple):
         group: columns of x.
         ahead: steps that are loaded ahead.
         unroll: steps of one pass through the loop; more save moves of the window from register to register.
-        corrects: whether registers are left to correct the gradient of the output while loading it.
     """
 
     rows: int
     group: int
     ahead: int
     unroll: int
-    corrects: bool
 
 
-# (largest side of the filter, stride): tiles. From machine code of 2026-11 (Triton 3.6.0 and 3.7.1, sm_80, 90, 100):
-# none spills. An H100's SM can start 79 instructions per lane in the time that memory takes for an element of three
-# reads and a write (98 with a fourth read, 49 with stride 2); the loops take, of a relu6 with correction, 60 for 3x3
-# and 29 with stride 2, 41 for 5x5 with stride 2. 5x5 and 7x7 are bound by their 50 and 98 multiply-adds
+# (largest side of the filter, stride): {what is done to the gradient of the output on load: tile}. What is missing has
+# no registers left, and is done by a pass of its own before. From machine code of 2026-11 (Triton 3.6.0 and 3.7.1,
+# sm_80, 90, 100): none spills. An H100's SM can start 79 instructions for an element in the time that memory takes for
+# three reads and a write of it (98 with a fourth read, 49 with stride 2); the loops take, of a relu6 with correction,
+# 60 for 3x3 and 29 with stride 2, 41 for 5x5 with stride 2. 5x5 and 7x7 are bound by their 50 and 98 multiply-adds
 TILES = {
-    (3, 1): Tile(8, 2, 2, 2, True),
-    (3, 2): Tile(8, 2, 2, 1, True),
-    (5, 1): Tile(8, 2, 1, 1, False),
-    (5, 2): Tile(8, 2, 1, 1, True),
-    (7, 1): Tile(4, 2, 1, 1, False),
-    (7, 2): Tile(4, 2, 1, 1, False),
+    (3, 1): {"nothing": Tile(8, 2, 2, 2), "correction": Tile(8, 2, 2, 2), "gate": Tile(8, 2, 1, 1)},
+    (3, 2): {"nothing": Tile(8, 2, 2, 1), "correction": Tile(8, 2, 2, 1), "gate": Tile(8, 2, 2, 1)},
+    (5, 1): {"nothing": Tile(8, 2, 1, 1)},
+    (5, 2): {"nothing": Tile(8, 2, 1, 1), "correction": Tile(8, 2, 1, 1)},
+    (7, 1): {"nothing": Tile(4, 2, 1, 1)},
+    (7, 2): {"nothing": Tile(4, 2, 1, 1)},
 }
+LARGEST = max(side for side, _ in TILES)
 CHANNELS, WARPS = 32, 4
 # programs for each SM: registers allow two or three at a time, and either makes whole rounds of six
 PROGRAMS = 6
@@ -53,10 +53,20 @@ SUM_COLUMNS, SUM_SLABS, SUM_WARPS = 16, 256, 8
 
 
 def tile_of(problem):
-    """The Tile for a problem, or None where registers do not hold the window."""
-    size = max(problem.weight.shape[2:])
-    largest = next((side for side in (3, 5, 7) if size <= side), None)
-    return TILES.get((largest, max(problem.stride)))
+    """The Tile for a problem that `can`, or None where the gradient of its output is to be corrected before."""
+    side = max(problem.weight.shape[2:])
+    kinds = TILES[min(most for most, _ in TILES if side <= most), max(problem.stride)]
+    kind = "gate" if problem.gated[0] is not None else "nothing" if problem.vectors[0] is None else "correction"
+    if problem.input.dtype == torch.float32:  # what is loaded ahead takes twice the registers
+        return kinds["nothing"]._replace(ahead=1, unroll=1) if kind == "nothing" else None
+    if kind == "gate" and _needs_int64(problem):  # so do longer offsets
+        return None
+    return kinds.get(kind)
+
+
+def _needs_int64(problem):
+    n, _, h, w = problem.input.shape
+    return needs_int64(n * h * w, problem.grad_output, problem.input)
 
 
 def pixel_distance(image):
@@ -72,7 +82,7 @@ def pixel_distance(image):
 
 
 def can(problem):
-    """Whether the kernel computes such gradients at all."""
+    """Whether the kernel computes such gradients, of a gradient of the output that needs no correction."""
     dy, x, weight = problem.grad_output, problem.input, problem.weight
     return (
         problem.channels_last
@@ -84,7 +94,7 @@ def can(problem):
         and all(pad < size for pad, size in zip(problem.padding, weight.shape[2:], strict=True))
         # every pixel of the output lies over the pixels of a step
         and all(dy.shape[d] <= -(-x.shape[d] // problem.stride[d - 2]) for d in (2, 3))
-        and tile_of(problem) is not None
+        and max(weight.shape[2:]) <= LARGEST
     )
 
 
@@ -113,7 +123,7 @@ def _in_order(image):
 
 def corrects(problem):
     """Whether the kernel corrects the gradient of the output itself."""
-    return tile_of(problem).corrects
+    return tile_of(problem) is not None
 
 
 def run(problem, needs, add):
@@ -164,7 +174,7 @@ def run(problem, needs, add):
         SCALED=pending is not None and pending.scaled,
         RAGGED=h % problem.stride[0] != 0 or w % tile.group != 0,
         VECTOR=math.gcd(8, *distances),
-        INT64=needs_int64(n * h * w, dy, problem.input, add, grad),
+        INT64=_needs_int64(problem) or needs_int64(0, dy, x, add, grad),
         GROUP=tile.group,
         AHEAD=tile.ahead,
         UNROLL=tile.unroll,

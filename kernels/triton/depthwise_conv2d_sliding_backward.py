@@ -64,11 +64,8 @@ def correct_columns(
 
 @triton.jit
 def per_channel(ptr, offsets, inside):
-    """Numbers of the channels in all rows of a tile, or None."""
-    if ptr is None:
-        return None
-    else:
-        return accumulator(tl.load(ptr + offsets, mask=inside, other=0.0))
+    """Numbers of the channels in all rows of a tile."""
+    return accumulator(tl.load(ptr + offsets, mask=inside, other=0.0))
 
 
 @triton.jit
@@ -161,13 +158,13 @@ def depthwise_conv2d_sliding_backward_kernel(
     source = k
     if SHUFFLE > 1:  # puts channel i of group g at i * SHUFFLE + g
         source = k % SHUFFLE * (C // SHUFFLE) + k // SHUFFLE
-    a = per_channel(a_ptr, k, real_k)
-    b = per_channel(b_ptr, k, real_k)
-    c = per_channel(c_ptr, k, real_k)
-    gate_scale = per_channel(gate_scale_ptr, k, real_k)
-    gate_shift = per_channel(gate_shift_ptr, k, real_k)
-    scale = per_channel(scale_ptr, source, real_k)
-    shift = per_channel(shift_ptr, source, real_k)
+    a = None if a_ptr is None else per_channel(a_ptr, k, real_k)
+    b = None if b_ptr is None else per_channel(b_ptr, k, real_k)
+    c = None if c_ptr is None else per_channel(c_ptr, k, real_k)
+    gate_scale = None if gate_scale_ptr is None else per_channel(gate_scale_ptr, k, real_k)
+    gate_shift = None if gate_shift_ptr is None else per_channel(gate_shift_ptr, k, real_k)
+    scale = None if scale_ptr is None else per_channel(scale_ptr, source, real_k)
+    shift = None if shift_ptr is None else per_channel(shift_ptr, source, real_k)
     taps = ()
     sums = ()
     for i in tl.static_range(R * S):
@@ -204,15 +201,20 @@ def depthwise_conv2d_sliding_backward_kernel(
                 inside_w = inside_w + (real & (w + i < W)[:, None],)
             else:
                 inside_w = inside_w + (real,)
-        gate = per_channel(gate_ptr, n[:, None] * C + k, real)
-        gate_add = per_channel(gate_add_ptr, n[:, None] * C + k, real)
+        gate = None if gate_ptr is None else per_channel(gate_ptr, n[:, None] * C + k, real)
+        gate_add = None if gate_add_ptr is None else per_channel(gate_add_ptr, n[:, None] * C + k, real)
         dys = dy_ptr + ((n * P * Q + q + FIRST_Q) * dy_q)[:, None] + k
         ys = None if y_ptr is None else y_ptr + ((n * P * Q + q + FIRST_Q) * dy_q)[:, None] + k
         xs = None if x_ptr is None else x_ptr + ((n * H * W + w) * x_w)[:, None] + source
         adds = None if add_ptr is None else add_ptr + ((n * H * W + w) * add_w)[:, None] + source
         dxs = None if dx_ptr is None else dx_ptr + ((n * H * W + w) * C)[:, None] + source
         start = unit % bands * band
+        if INT64:
+            start = start.to(tl.int64)
         steps = tl.minimum(start + band, tl.cdiv(H, STRIDE_H))
+        # what the next band reads is not loaded ahead
+        last_p = tl.minimum(steps + LAST_P, P)
+        last_h = tl.minimum(steps * STRIDE_H, H)
         window = ()
         for i in tl.static_range(HIGH - 1):
             p = start + (FIRST_P + i)
@@ -236,21 +238,21 @@ def depthwise_conv2d_sliding_backward_kernel(
         ahead_dy, ahead_y, ahead_x, ahead_add = (), (), (), ()
         for i in tl.static_range(AHEAD):
             p = start + (LAST_P + i)
-            known = (p >= 0) & (p < P)
+            known = (p >= 0) & (p < last_p)
             ahead_dy = ahead_dy + load_columns(dys, p * Q * dy_q, dy_q, inside_q, known, WIDE)
             ahead_y = ahead_y + load_columns(ys, p * Q * dy_q, dy_q, inside_q, known, WIDE)
             h = (start + i) * STRIDE_H
-            ahead_x = ahead_x + load_rows(xs, h, W * x_w, x_w, H, inside_w, STRIDE_H, GROUP)
-            ahead_add = ahead_add + load_rows(adds, h, W * add_w, add_w, H, inside_w, STRIDE_H, GROUP)
+            ahead_x = ahead_x + load_rows(xs, h, W * x_w, x_w, last_h, inside_w, STRIDE_H, GROUP)
+            ahead_add = ahead_add + load_rows(adds, h, W * add_w, add_w, last_h, inside_w, STRIDE_H, GROUP)
         for step in tl.range(start, steps, loop_unroll_factor=UNROLL):
             p = step + (LAST_P + AHEAD)
-            known = p < P
+            known = p < last_p
             ahead_dy = ahead_dy + load_columns(dys, p * Q * dy_q, dy_q, inside_q, known, WIDE)
             ahead_y = ahead_y + load_columns(ys, p * Q * dy_q, dy_q, inside_q, known, WIDE)
             h = (step + AHEAD) * STRIDE_H
-            ahead_x = ahead_x + load_rows(xs, h, W * x_w, x_w, H, inside_w, STRIDE_H, GROUP)
-            ahead_add = ahead_add + load_rows(adds, h, W * add_w, add_w, H, inside_w, STRIDE_H, GROUP)
-            known = step + LAST_P < P
+            ahead_x = ahead_x + load_rows(xs, h, W * x_w, x_w, last_h, inside_w, STRIDE_H, GROUP)
+            ahead_add = ahead_add + load_rows(adds, h, W * add_w, add_w, last_h, inside_w, STRIDE_H, GROUP)
+            known = step + LAST_P < last_p
             window = window + correct_columns(
                 ahead_dy,
                 ahead_y,
