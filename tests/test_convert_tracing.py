@@ -27,7 +27,7 @@ class Patterns(nn.Module):
     def __init__(self):
         super().__init__()
         self.a, self.b = conv_bn(), conv_bn()
-        self.plain, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.plain, self.norm, self.squeeze = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
         self.relu, self.mish = nn.ReLU(inplace=True), nn.Mish(inplace=True)
         self.drop, self.identity = nn.Dropout(0.0), nn.Identity()
 
@@ -161,6 +161,14 @@ def gates(self, x):
     return F.relu(y * gate + x) + gate * self.b(y)
 
 
+def squeeze_excite(self, x):
+    y = F.silu(self.a(x))
+    gate = F.hardsigmoid(self.plain(F.relu(self.squeeze(F.adaptive_avg_pool2d(y, 1)), inplace=True)))
+    z = gate * y
+    other = self.plain(F.silu(self.squeeze(z.mean((2, 3), keepdim=True))))
+    return self.b(z) + z * other.sigmoid_() + other
+
+
 def broadcast_sums(self, x):
     y = self.a(x)
     return (y + y.mean((2, 3), keepdim=True)) * (self.b(x) + self.plain(x)[:1]) + (y + 1)
@@ -182,7 +190,7 @@ PATTERNS = [
     input_of_a_convolution_written_later, added_to_what_is_read_again, added_to_the_argument,
     changed_by_an_unknown_step, an_activation_we_lack_in_place, input_written_between, one_half_written, item_set,
     written_through_a_view_while_a_sum_waits,
-    one_layer_twice, functions_and_methods, pools_and_sizes, gates, broadcast_sums, concatenations,
+    one_layer_twice, functions_and_methods, pools_and_sizes, gates, squeeze_excite, broadcast_sums, concatenations,
     output_is_a_value_twice,
 ]  # fmt: skip
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastcnn import chain
 from fastcnn import nn as ours
-from fastcnn.conversion import concatenations
+from fastcnn.conversion import concatenations, gates
 from fastcnn.conversion.aliases import Aliases
 from fastcnn.conversion.steps import NormAlone, attribute, own_tensor, size
 from fastcnn.conversion.watched import has_hooks
@@ -54,6 +54,8 @@ class Rewriter:
         root: its module.
         selected: function of (name, module): whether the user wants this module fused.
     """
+
+    ACTIVATIONS = {"call_function": ACTIVATION_FUNCTIONS, "call_method": ACTIVATION_METHODS}
 
     def __init__(self, graph, root, selected):
         self.graph = graph
@@ -422,6 +424,8 @@ class Rewriter:
         if not self.two_tensors(node, inplace):
             return False
         left, right = node.args if self.is_value(node.args[0]) else reversed(node.args)
+        if gates.squeeze_excite(self, node, left, right):
+            return True
         if right in self.values:  # a gate is a tensor
             with self.graph.inserting_before(node):
                 tensor = self.graph.call_function(chain.materialize, (right,))
