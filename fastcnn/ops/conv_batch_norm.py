@@ -6,7 +6,8 @@ Neither z nor the normalised y is stored, except that a join's z is, which later
 make z while they load x and take y's statistics where they store it; backward's dgrad computes the gradient of x's
 activation and batch norm's sums before it stores, and who adds these up also runs the backward of that batch norm
 (batch_norm_affine.Ahead). So do the kernels of depthwise convolution, on CPU, too, and compute the gradient of y before
-squeeze-excite on load (conv_fusion.GatedAhead). Elsewhere z is a temporary, made again in backward.
+squeeze-excite on load (conv_fusion.GatedAhead). 1x1 convolutions on CPU do all of it in pieces that stay in the cache
+(pointwise_conv2d_cpu.py). Elsewhere z is a temporary, made again in backward.
 
 Every function that reads a value also returns it ("passed"): the next reader takes that one, and its gradient comes
 back through this function, which adds it where it writes its own. So a value with many readers costs no pass for the
@@ -34,6 +35,7 @@ from fastcnn.ops import (
     depthwise_conv2d,
     pending,
     pending_cpu,
+    pointwise_conv2d_cpu,
 )
 from fastcnn.ops.activation import activation_reference
 from fastcnn.ops.conv_fusion import Correction, GatedAhead, Join, Pending
@@ -96,8 +98,13 @@ def _joins(e, weight, geometry, backend):
     return backend == "triton" and e.is_join and conv2d_join.pays(e, weight, stride, padding, groups)
 
 
-def _convolve(z, weight, bias, geometry, backend, join=None, **fused):
-    """What the kernels return; without ours oneDNN, through PyTorch. join: what z is, to be written."""
+def _convolve(z, weight, bias, geometry, backend, join=None, made=None, **fused):
+    """What the kernels return; without ours oneDNN, through PyTorch.
+
+    join: what z is, to be written; made: what 1x1 convolution on CPU makes z of, to be written if it is a join.
+    """
+    if made is not None:
+        return pointwise_conv2d_cpu.forward(made, weight, bias, z if made.is_join else None, **fused)
     channels_last = conv_layout.suggests_channels_last(z) or conv_layout.suggests_channels_last(weight)
     if is_depthwise(z, weight, geometry, backend):
         return depthwise_conv2d.depthwise_forward(z, weight, bias, *geometry[:4], channels_last, backend, **fused)
@@ -134,7 +141,7 @@ def _normalised(z, weight, geometry, gamma, beta, running, norm, backend, fused)
         dtype = pending.vector_dtype(z)
         pivot = z.new_zeros(weight.shape[0], dtype=dtype) if running.mean is None else running.mean.to(dtype)
         y, sums = _convolve(z, weight, None, geometry, backend, pivot=pivot, **fused)
-    elif is_depthwise(z, weight, geometry, backend):
+    elif "made" in fused or is_depthwise(z, weight, geometry, backend):
         y, mean, var = _convolve(z, weight, None, geometry, backend, statistics=True, **fused)
     else:
         y, mean = _convolve(z, weight, None, geometry, backend), None
@@ -167,10 +174,13 @@ class ConvBatchNormFunction(torch.autograd.Function):
     ):  # fmt: skip
         e = pending.Expression(x, scale, shift, activation, slope, gate, right, right_scale, right_shift, out)
         loads, fused = _loads(e, weight, geometry, backend), {}
+        ctx.pointwise = pointwise_conv2d_cpu.takes(e, weight, geometry, backend, ctx.needs_input_grad[3])
         if loads:
             z, fused["pending"] = x, Pending(scale, shift, activation, slope, gate=gate)
         elif slot is None and (norm is not None or bias is None) and _joins(e, weight, geometry, backend):
             z, fused["join"] = torch.empty_like(x), e
+        elif ctx.pointwise:
+            z, fused["made"] = pending_cpu.Pass(x).new() if e.is_join else x, e
         else:
             z = x if e.is_plain else pending.pending_forward(*e, backend)
         ctx.depthwise = is_depthwise(x, weight, geometry, backend)
@@ -230,7 +240,7 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
         else:
-            if norm is not None and not ctx.depthwise and pending_cpu.can_go_back(y, norm, backend):
+            if norm is not None and not (ctx.depthwise or ctx.pointwise) and pending_cpu.can_go_back(y, norm, backend):
                 grad_y, grad_gamma, grad_beta = pending_cpu.normalised_backward(
                     grad_y, y, mean, invstd, gamma, grad_scale, grad_shift
                 )
@@ -242,7 +252,8 @@ class ConvBatchNormFunction(torch.autograd.Function):
                 correction = Correction(y, a, b, c)
             if needs[8]:
                 grad_bias = _grad_bias(grad_y, grad_shift, norm, correction, ctx.bias_dtype)
-            passes = _of_depthwise if ctx.depthwise else _on_gpu if backend == "triton" else _on_cpu
+            passes = _of_pointwise if ctx.pointwise else _of_depthwise if ctx.depthwise else None
+            passes = passes or (_on_gpu if backend == "triton" else _on_cpu)
             grads, grad_weight = passes(
                 inputs, grad_y, correction, weight, geometry, ctx.image, grad_z if join else grad_passed,
                 any(needs[:7]), needs[3], needs[7], backend, **({} if gated is None else dict(gated=gated)),
@@ -378,6 +389,16 @@ def _of_depthwise(
         return inputs.grads(grads.input, add, need_gate, backend, overwrite=True), grads.weight
     sums = inputs.sums(grads.sums) if loads else (None, None)
     return (grads.input, *sums, *[None] * 4), grads.weight
+
+
+def _of_pointwise(
+    inputs, grad_y, correction, weight, geometry, image, add, need_image, need_gate, need_weight, backend
+):  # fmt: skip
+    """The same on the kernels of 1x1 convolution on CPU, which do everything."""
+    grad_x, sums, grad_right, right_sums, grad_weight = pointwise_conv2d_cpu.backward(
+        inputs, grad_y, correction, weight, add, need_image, need_weight
+    )
+    return (grad_x, *_pair(sums), None, grad_right, *_pair(right_sums)), grad_weight
 
 
 def _on_gpu(

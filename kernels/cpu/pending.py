@@ -306,6 +306,45 @@ def combine(grad, y, a, b, c, dy):
         dy[j] = grad[j] * a[j] + (b[j] * y[j] + c[j])
 
 
+@inline
+def gradient(
+    grad, add, x, scales, shifts, kind, slope, gates, join, right, z, scaled, d, inner, runs, right_at, gate_at,
+    grad_x, grad_right,
+):  # fmt: skip
+    """grad_x and grad_right of one segment, each unless empty; adds to the runs what `backward` sums.
+
+    right_at, gate_at: the run of the right side's products, of the gate's; len(runs): there is none. gates are empty
+    where there is no gate. d and inner, empty without gate and activation but relu: room for a segment.
+    """
+    none = d[:0]
+    load_gradient(grad, add if join else none, z, d)
+    if grad_right.size > 0:
+        copy(d, grad_right)
+    if right_at < len(runs):
+        add_products(d, right, runs[right_at], runs[right_at + 1])
+    if kind == RELU and gates.size == 0 and scales.size > 0:
+        relu_gradient(d, x, scales, shifts, runs[0], runs[1])
+    else:
+        if kind > NONE or gates.size > 0:
+            u = inner if inner.size > 0 else x
+            if inner.size > 0:
+                affine(x, scales, shifts, u)
+            if kind == SILU and gate_at < len(runs):
+                gated_silu_gradient(d, u, gates, runs[gate_at])
+            else:
+                if gate_at < len(runs):
+                    copy(u, grad_x)
+                    activate(grad_x, kind, slope)
+                    add_product(d, grad_x, runs[gate_at])
+                if gates.size > 0:
+                    multiply(d, gates)
+                differentiate(d, u, kind, slope)
+        if scales.size > 0:
+            add_products(d, x, runs[0], runs[1])
+    if grad_x.size > 0:
+        store(d, scales if scaled else none, none if join else add, grad_x)
+
+
 # the passes
 
 
@@ -345,7 +384,6 @@ def backward(
     Each unless empty; the sums start at zero. grad that is empty is one everywhere: with a gate, a gradient [N, C].
     """
     slope = x.dtype.type(slope)
-    none = np.empty(0, grad.dtype)
     size = max(grad.size, x.size)
     length, each, tasks, strips = plan(rows, N, C, size, gate.size > 0)
     right_at = 2 if scale.size > 0 else 0
@@ -368,34 +406,11 @@ def backward(
                 fill(gate[image * C + c : image * C + c + channels], rows, each, gates)
             for a in range(first + n * stride, first + n * stride + chunk, length):
                 b = min(a + length, first + n * stride + chunk)
-                d = buffer[: b - a]
-                load_gradient(grad[a:b], add[a:b] if join else none, z[a:b], d)
-                if grad_right.size > 0:
-                    copy(d, grad_right[a:b])
-                if has_right_scale:
-                    add_products(d, right[a:b], runs[right_at], runs[right_at + 1])
-                if kind == RELU and gate.size == 0 and scale.size > 0:
-                    relu_gradient(d, x[a:b], scales, shifts, runs[0], runs[1])
-                else:
-                    if kind > NONE or gate.size > 0:
-                        u = inner[: b - a] if inner.size > 0 else x[a:b]
-                        if inner.size > 0:
-                            affine(x[a:b], scales, shifts, u)
-                        if kind == SILU and grad_gate.size > 0:
-                            gated_silu_gradient(d, u, gates, runs[gate_at])
-                        else:
-                            if grad_gate.size > 0:
-                                f = grad_x[a:b]
-                                copy(u, f)
-                                activate(f, kind, slope)
-                                add_product(d, f, runs[gate_at])
-                            if gate.size > 0:
-                                multiply(d, gates)
-                            differentiate(d, u, kind, slope)
-                    if scale.size > 0:
-                        add_products(d, x[a:b], runs[0], runs[1])
-                if grad_x.size > 0:
-                    store(d, scales if scaled else none, none if join else add[a:b], grad_x[a:b])
+                gradient(
+                    grad[a:b], add[a:b], x[a:b], scales, shifts, kind, slope, gates, join, right[a:b], z[a:b], scaled,
+                    buffer[: b - a], inner[: b - a], runs, right_at if has_right_scale else count, gate_at,
+                    grad_x[a:b], grad_right[a:b],
+                )  # fmt: skip
                 full += 1
                 if full % RUN == 0:
                     for k in range(count):
