@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fastcnn.benchmarks import predict_memory
-from fastcnn.benchmarks.predict_memory import KERNELS, Kernel, bytes_of, compiled, limits, wide
+from fastcnn.benchmarks.predict_memory import KERNELS, SLIDING, Kernel, bytes_of, compiled, limits, wide
 
 RESULTS = Path(__file__).parent.parent / "benchmarks/results"
 LINE = {"loads": "2 x128", "stores": "1 x128", "registers": "32", "resident": "64", "instructions": "100"}
@@ -18,7 +18,7 @@ def test_the_committed_page_is_the_model_s():
 
 def test_every_kernel_stands_in_the_report_once():
     lines = compiled()
-    keys = [(kernel.op, kernel.case, kernel.kernel, kernel.what) for kernel in KERNELS]
+    keys = [(kernel.op, kernel.case, kernel.kernel, kernel.what) for kernel in (*KERNELS, *SLIDING)]
     assert len(set(keys)) == len(keys) and all(key[:3] in lines for key in keys)
 
 

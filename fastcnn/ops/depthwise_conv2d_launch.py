@@ -39,11 +39,11 @@ class Sliding(NamedTuple):
 # multiples of 7, and fewer load more of what neighbours load, too. One channel of 7x7: filter and open sums of each
 # take 98 registers. rows: as many as the filter has, and sums do not change registers in the loop, which for 5x5 and
 # stride 1 takes 34 instructions per output against 37 with 2 rows. An SM starts 33 while it moves the 4 bytes, but 83
-# for the 10 of stride 2, where 2 rows do; so they do for 7x7, bound by its 49 multiply-adds. Triton's compile time
+# for the 10 of stride 2, where fewer do; so they do for 7x7, bound by its 49 multiply-adds. Triton's compile time
 # grows with the cube of the body's length
 SLIDING = (
     *(Sliding(3, 1, 3, 7, 2), Sliding(5, 1, 5, 7, 2), Sliding(7, 1, 2, 7, 1)),
-    *(Sliding(3, 2, 2, 7, 2), Sliding(5, 2, 2, 7, 2), Sliding(7, 2, 1, 7, 1)),
+    *(Sliding(3, 2, 3, 7, 2), Sliding(5, 2, 2, 7, 2), Sliding(7, 2, 1, 7, 1)),
 )
 MAX_FILTER = max(choice.size for choice in SLIDING)
 SLIDING_WARPS = 4
