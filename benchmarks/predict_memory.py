@@ -221,8 +221,9 @@ def page(folder=RESULTS):
             f"pass through the code are in flight in every warp, and take {LATENCY * 1e9:.0f} ns, an assumption. "
             f"`issue`: {ISSUES} warp instructions per cycle and SM, every instruction of the code counted once. A "
             "share of 100% says that neither is in the way; launches, the last wave and what DRAM makes of the order "
-            "of the accesses are not in it. depthwise_conv2d: a third to a sixth of the code stands before the loop, which "
-            "runs for every few rows of the image, so the real share is higher. How: `benchmarks/predict_memory.py`.",
+            "of the accesses are not in it. depthwise_conv2d: a third to a sixth of the code stands before the loop, "
+            "which runs for every few rows of the image, so the real share is higher. How: "
+            "`benchmarks/predict_memory.py`.",
             "",
             *(f"| {' | '.join(row)} |" for row in table),
             "",
