@@ -13,7 +13,8 @@ from fastcnn.benchmarks.harness import Problem
 
 # every op has its file bench_<op>.py with CASES and build(case, setting)
 OPS = (
-    "conv2d", "depthwise_conv2d", "conv_transpose2d", "linear", "batch_norm", "activation", "max_pool2d", "avg_pool2d",
+    "conv2d", "depthwise_conv2d", "separable_conv2d", "conv_transpose2d", "linear", "batch_norm", "activation",
+    "max_pool2d", "avg_pool2d",
     "adaptive_avg_pool2d", "adaptive_max_pool2d", "fractional_max_pool2d", "lp_pool2d", "dropout", "dropout2d",
     "stochastic_depth", "drop_connect", "decorrelated_batch_norm", "cross_entropy",
     "elementwise_loss", "multi_margin_loss", "batch_norm_act",

@@ -33,6 +33,7 @@ from fastcnn.ops.local_response_norm import local_response_norm
 from fastcnn.ops.lp_pool2d import lp_pool2d
 from fastcnn.ops.max_pool2d import max_pool2d
 from fastcnn.ops.multi_margin_loss import multi_margin_loss
+from fastcnn.ops.separable_conv2d import separable_conv2d
 from fastcnn.ops.stochastic_depth import stochastic_depth
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "multi_margin_loss",
     "relu",
     "relu6",
+    "separable_conv2d",
     "sigmoid",
     "silu",
     "smooth_l1_loss",

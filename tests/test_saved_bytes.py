@@ -35,6 +35,12 @@ def eager_batch_norm(F, x, weight, bias, activation=None, residual=None):
     return y if activation is None else getattr(F, activation)(y)
 
 
+def separable(F, x, bias, depthwise, pointwise):
+    if F is fastcnn.functional:
+        return F.separable_conv2d(x, depthwise, pointwise, bias)
+    return F.conv2d(F.conv2d(x, depthwise, groups=C), pointwise, bias)
+
+
 # cross_entropy keeps the logits themselves, where PyTorch keeps a new tensor of their size, and three numbers per row
 ROWS = 3 * 4 * N
 # name: (function of a functional module and its tensors, tensors that get gradients, the others,
@@ -71,6 +77,10 @@ CASES = {
     ),
     "local_response_norm": (
         lambda F, x: F.local_response_norm(x, 5), [image], list, X, "local_response_norm"
+    ),
+    "separable_conv2d": (
+        separable, [image], lambda: [torch.ones(C), torch.ones(C, 1, 3, 3), torch.ones(C, C, 1, 1)], X,
+        "separable_conv2d",
     ),
     "dropout": (lambda F, x: F.dropout(x, 0.5), [image], list, SEED, "dropout"),
     "dropout2d": (lambda F, x: F.dropout2d(x, 0.5), [image], list, SEED, "dropout2d"),

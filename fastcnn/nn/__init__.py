@@ -60,3 +60,4 @@ from fastcnn.nn.pooling import (  # noqa: F401
     LPPool2d,
     MaxPool2d,
 )
+from fastcnn.nn.separable import SeparableConv2d  # noqa: F401

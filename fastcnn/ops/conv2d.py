@@ -475,8 +475,11 @@ def _pytorchs(input, weight, bias=None, *others, **named):
     return F.conv2d(input, weight, bias, *others, **named)
 
 
-def check_convolution(input, weight, bias, stride, padding, dilation, groups):
-    """Raise unless conv2d can take these arguments; (size, stride, padding, dilation) of the host functions."""
+def check_convolution(input, weight, bias, stride, padding, dilation, groups, name="weight"):
+    """Raise unless conv2d can take these arguments; (size, stride, padding, dilation) of the host functions.
+
+    name: what the caller calls its weight.
+    """
     common.check_tensor("input", input, (3, 4))
     check_operands(input, weight, bias, (4,))
     strides = common.pair("stride", stride, 1)
@@ -505,7 +508,7 @@ def check_convolution(input, weight, bias, stride, padding, dilation, groups):
     padded = [input.shape[-2 + d] + total[d] for d in (0, 1)]
     if extent[0] > padded[0] or extent[1] > padded[1]:
         raise ValueError(
-            f"weight must not reach beyond the padded input ({padded[0]} x {padded[1]}), got a filter of "
+            f"{name} must not reach beyond the padded input ({padded[0]} x {padded[1]}), got a filter of "
             f"{extent[0]} x {extent[1]} with its dilation"
         )
     size = [(padded[d] - extent[d]) // strides[d] + 1 for d in (0, 1)]

@@ -24,6 +24,7 @@ from aot_cases.pooling import (
     pending_pool,
 )
 from aot_cases.random import dropout, feature_dropout
+from aot_cases.separable import separable_conv2d
 from aot_cases.squeeze_excite import squeeze_excite
 from aot_cases.whitening import decorrelated_batch_norm
 
@@ -61,6 +62,7 @@ CASES = {
         optimizers,
         pending_activation,
         pending_pool,
+        separable_conv2d,
         squeeze_excite,
     )
 }
