@@ -22,13 +22,11 @@ class Tile(NamedTuple):
         rows: groups of columns; four for every channel of a thread.
         group: columns of x.
         ahead: steps that are loaded ahead.
-        unroll: steps of one pass through the loop; more save moves of the window from register to register.
     """
 
     rows: int
     group: int
     ahead: int
-    unroll: int
 
 
 # (largest side of the filter, stride): {what is done to the gradient of the output on load: tile}. What is missing has
@@ -37,12 +35,12 @@ class Tile(NamedTuple):
 # three reads and a write of it (98 with a fourth read, 49 with stride 2); the loops take, of a relu6 with correction,
 # 60 for 3x3 and 29 with stride 2, 41 for 5x5 with stride 2. 5x5 and 7x7 are bound by their 50 and 98 multiply-adds
 TILES = {
-    (3, 1): {"nothing": Tile(8, 2, 2, 2), "correction": Tile(8, 2, 2, 2), "gate": Tile(8, 2, 1, 1)},
-    (3, 2): {"nothing": Tile(8, 2, 2, 1), "correction": Tile(8, 2, 2, 1), "gate": Tile(8, 2, 2, 1)},
-    (5, 1): {"nothing": Tile(8, 2, 1, 1)},
-    (5, 2): {"nothing": Tile(8, 2, 1, 1), "correction": Tile(8, 2, 1, 1)},
-    (7, 1): {"nothing": Tile(4, 2, 1, 1)},
-    (7, 2): {"nothing": Tile(4, 2, 1, 1)},
+    (3, 1): {"nothing": Tile(8, 2, 2), "correction": Tile(8, 2, 2), "gate": Tile(8, 2, 2)},
+    (3, 2): {"nothing": Tile(8, 2, 2), "correction": Tile(8, 2, 2), "gate": Tile(8, 2, 2)},
+    (5, 1): {"nothing": Tile(8, 2, 1)},
+    (5, 2): {"nothing": Tile(8, 2, 1), "correction": Tile(8, 2, 1)},
+    (7, 1): {"nothing": Tile(4, 2, 1)},
+    (7, 2): {"nothing": Tile(4, 2, 1)},
 }
 LARGEST = max(side for side, _ in TILES)
 CHANNELS, WARPS = 32, 4
@@ -58,7 +56,7 @@ def tile_of(problem):
     kinds = TILES[min(most for most, _ in TILES if side <= most), max(problem.stride)]
     kind = "gate" if problem.gated[0] is not None else "nothing" if problem.vectors[0] is None else "correction"
     if problem.input.dtype == torch.float32:  # what is loaded ahead takes twice the registers
-        return kinds["nothing"]._replace(ahead=1, unroll=1) if kind == "nothing" else None
+        return kinds["nothing"]._replace(ahead=1) if kind == "nothing" else None
     if kind == "gate" and _needs_int64(problem):  # so do longer offsets
         return None
     return kinds.get(kind)
@@ -177,7 +175,6 @@ def run(problem, needs, add):
         INT64=_needs_int64(problem) or needs_int64(0, dy, x, add, grad),
         GROUP=tile.group,
         AHEAD=tile.ahead,
-        UNROLL=tile.unroll,
         ROWS=tile.rows,
         BLOCK_C=CHANNELS,
         num_warps=WARPS,

@@ -130,7 +130,6 @@ def depthwise_conv2d_sliding_backward_kernel(
     INT64: tl.constexpr,
     GROUP: tl.constexpr,  # columns of x that a thread holds, a multiple of STRIDE_W
     AHEAD: tl.constexpr,  # steps that are loaded ahead
-    UNROLL: tl.constexpr,
     ROWS: tl.constexpr,  # groups of columns of a program
     BLOCK_C: tl.constexpr,
 ):
@@ -244,7 +243,7 @@ def depthwise_conv2d_sliding_backward_kernel(
             h = (start + i) * STRIDE_H
             ahead_x = ahead_x + load_rows(xs, h, W * x_w, x_w, last_h, inside_w, STRIDE_H, GROUP)
             ahead_add = ahead_add + load_rows(adds, h, W * add_w, add_w, last_h, inside_w, STRIDE_H, GROUP)
-        for step in tl.range(start, steps, loop_unroll_factor=UNROLL):
+        for step in range(start, steps):
             p = step + (LAST_P + AHEAD)
             known = p < last_p
             ahead_dy = ahead_dy + load_columns(dys, p * Q * dy_q, dy_q, inside_q, known, WIDE)
