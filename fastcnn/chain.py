@@ -438,7 +438,7 @@ def squeeze_excite(x, fc1, fc2, activation="relu", gate_activation="sigmoid"):
             x.raw, x.scale, x.shift, fc1.weight, fc1.bias, fc2.weight, fc2.bias, form, backend
         )
         return x.now_with(raw=raw, gate=gate, scaled=passes.AT_Z)
-    hidden = activation_reference(fc1(mean(x, keepdim=isinstance(fc1, nn.Conv2d))), activation)
+    hidden = activation_reference(fc1(mean(x, keepdim=fc1.weight.dim() == 4)), activation)
     gate = activation_reference(fc2(hidden), gate_activation)
     return multiply(x, gate.view(n, c, 1, 1))
 

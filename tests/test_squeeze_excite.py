@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
+import fastcnn
 from fastcnn import chain
+from fastcnn.ops import squeeze_excite as ops
 from fastcnn.ops.activation import activation_reference
-from fastcnn.testing import assert_matches
+from fastcnn.testing import assert_close_to_truth, assert_matches, run_with_grads
 
 LANES = ("triton", "cpu")
 bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
@@ -47,13 +50,20 @@ def tensors(device, dtype, shape, channels_last=True, depthwise=True):
     )
 
 
+class Layer(SimpleNamespace):
+    """What the chain's functions take for a convolution."""
+
+    def __call__(self, x):
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
 def modules(x, *parameters, training=True):
     """SimpleNamespace of what the chain's functions take for layers."""
     w0, gamma0, beta0, w1, b1, w2, b2, w3, gamma3, beta3 = parameters
 
     def conv(weight, bias=None, groups=1):
         padding = (weight.shape[2] // 2,) * 2
-        return SimpleNamespace(
+        return Layer(
             weight=weight, bias=bias, stride=1, padding=padding, dilation=1, groups=groups, padding_mode="zeros"
         )
 
@@ -176,3 +186,121 @@ def test_contiguous_images_and_frozen_statistics(lane):
     check(lane, fp32, "odd", EFFICIENT, one_by_one, training=False)
     check(lane, fp32, "odd", EFFICIENT, join, channels_last=False, depthwise=False)
     check(lane, fp64, "odd", ("hardswish", "relu", "sigmoid"), one_by_one, channels_last=False)
+
+
+def block(kinds=EFFICIENT, end=one_by_one, **how):
+    """of_chain and of_torch with these."""
+    return tuple(lambda *inputs, f=f: f(kinds, end, *inputs, **how) for f in (of_chain, of_torch))
+
+
+def test_du_is_left_to_a_depthwise_convolution_alone(lane, monkeypatch):
+    passes = []
+    original = ops.gradient
+    monkeypatch.setattr(ops, "gradient", lambda *args: passes.append(1) or original(*args))
+    assert_matches(*block(), *tensors(lane.device, fp32, "odd"))
+    assert passes == []
+    assert_matches(*block(), *tensors(lane.device, fp32, "odd", depthwise=False))
+    assert passes == [1]
+
+
+@pytest.mark.parametrize("order", ["before", "after", "before the activation"])
+def test_other_readers_of_the_value(lane, order):
+    def ours(*inputs):
+        conv0, norm0, fc1, fc2, conv3, norm3 = modules(*inputs)
+        u = chain.conv_batch_norm(inputs[0], conv0, norm0)
+        x = chain.activate(u, "silu")
+        other = chain.mean(x) if order == "before" else None
+        y = chain.conv_batch_norm(chain.squeeze_excite(x, fc1, fc2, "relu", "sigmoid"), conv3, norm3)
+        if other is None:
+            other = chain.mean(x if order == "after" else u)
+        return chain.materialize(y) + (other * other).sum()
+
+    def theirs(*inputs):
+        conv0, norm0, fc1, fc2, conv3, norm3 = modules(*inputs)
+        u = conv_norm(inputs[0], conv0, norm0)
+        z = F.silu(u)
+        gate = torch.sigmoid(
+            F.conv2d(F.relu(F.conv2d(z.mean((2, 3), keepdim=True), fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+        )
+        other = (u if order == "before the activation" else z).mean((2, 3))
+        return conv_norm(z * gate, conv3, norm3) + (other * other).sum()
+
+    assert_matches(ours, theirs, *tensors(lane.device, fp32, "odd"))
+
+
+def test_what_one_backward_left_is_not_taken_by_the_next(lane):
+    inputs = tensors(lane.device, fp32, "odd")
+    conv0, norm0, fc1, fc2, conv3, norm3 = modules(*inputs)
+    x = chain.activate(chain.conv_batch_norm(inputs[0], conv0, norm0), "silu")
+    y = chain.materialize(chain.conv_batch_norm(chain.squeeze_excite(x, fc1, fc2), conv3, norm3))
+    other = chain.mean(x).square().sum()
+    (expected,) = torch.autograd.grad(other, conv0.weight, retain_graph=True)
+    torch.autograd.grad(y.square().sum(), fc1.weight, retain_graph=True)  # stops before the convolution
+    (found,) = torch.autograd.grad(other, conv0.weight)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("wanted", ["the layers", "the image", "batch norm before", "biases"])
+def test_some_gradients_alone(lane, wanted):
+    some = {"the layers": (4, 5, 6, 7), "the image": (0,), "batch norm before": (2, 3), "biases": (5, 7)}[wanted]
+    inputs = tensors(lane.device, fp32, "odd")
+    for i, t in enumerate(inputs):
+        t.requires_grad_(i in some)
+    assert_matches(*block(), *inputs)
+
+
+def test_layers_without_bias(lane):
+    def without(f):
+        return lambda *inputs: f(*inputs[:5], None, inputs[5], None, *inputs[6:])
+
+    inputs = tensors(lane.device, fp32, "odd")
+    assert_matches(*map(without, block(V3)), *inputs[:5], inputs[6], *inputs[8:])
+
+
+def test_checkpointing(lane):
+    ours, theirs = block()
+    assert_matches(
+        lambda *inputs: checkpoint(ours, *inputs, use_reentrant=False), theirs, *tensors(lane.device, fp32, "odd")
+    )
+
+
+def test_nan_and_inf_stay_in_their_image(lane):
+    inputs = list(tensors(lane.device, fp32, "odd"))
+    with torch.no_grad():
+        inputs[0][0, 3, 2, 2], inputs[0][2, 1, 0, 0] = torch.nan, torch.inf
+    for f in block(V3, training=False):
+        y, grads = run_with_grads(f, inputs)
+        assert y[0].isnan().any() and y[1].isfinite().all() and y[2].isnan().any()
+        assert grads[0][1].isfinite().all()
+
+
+def test_autocast(lane):
+    if lane.name == "cpu":
+        pytest.skip("PyTorch runs these dtypes")
+    inputs = tensors(lane.device, fp32, "odd")
+    with torch.autocast(lane.device.type, dtype=bf16), fastcnn.strict():
+        y, grads = run_with_grads(block()[0], inputs)
+    with torch.autocast(lane.device.type, dtype=bf16), fastcnn.backend("torch"):
+        theirs, their_grads = run_with_grads(block()[1], inputs)
+    truth, true_grads = run_with_grads(block()[1], [t.detach().double().requires_grad_() for t in inputs])
+    assert y.dtype == theirs.dtype == bf16
+    for i, three in enumerate(zip((y, *grads), (theirs, *their_grads), (truth, *true_grads), strict=True)):
+        assert three[0].dtype == three[1].dtype
+        assert_close_to_truth("output" if i == 0 else f"gradient of input {i - 1}", *three, bf16)
+
+
+def test_evaluation_without_gradients(lane):
+    inputs = [t.detach() for t in tensors(lane.device, fp32, "odd")]
+    with torch.no_grad():
+        assert_matches(*block(V3, join, training=False), *inputs)
+        assert_matches(*block(V3, join), *inputs)
+
+
+def test_names_that_are_no_activations_are_refused():
+    x = torch.randn(2, 4, 3, 3)
+    layers = torch.nn.Conv2d(4, 2, 1), torch.nn.Conv2d(2, 4, 1)
+    with pytest.raises(ValueError, match="gate_activation must be one of relu, .* or hardsigmoid, got 'softmax'"):
+        chain.squeeze_excite(x, *layers, "relu", "softmax")
+    linear = torch.nn.Linear(4, 2), torch.nn.Linear(2, 4)
+    gate = torch.sigmoid(linear[1](F.relu(linear[0](x.mean((2, 3))))))
+    torch.testing.assert_close(chain.squeeze_excite(x, *linear), x * gate[:, :, None, None])
