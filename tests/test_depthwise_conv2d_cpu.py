@@ -183,3 +183,13 @@ def test_results_do_not_depend_on_threads():
 def test_refuses_half_precision():
     image = torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16)
     assert "float32 and float64" in depthwise_conv2d_cpu.why_not(image, image)
+
+
+def test_takes_over_where_it_was_measured_faster():
+    image, trained = torch.empty(8, 144, 56, 56), torch.empty(144, 1, 5, 5, requires_grad=True)
+    assert depthwise_conv2d_cpu.faster(image, trained, (2, 2))
+    assert not depthwise_conv2d_cpu.faster(image, trained.detach(), (2, 2))
+    assert not depthwise_conv2d_cpu.faster(image, trained[..., 1:, 1:], (1, 1))
+    assert not depthwise_conv2d_cpu.faster(image[:1, :, :7, :7], trained, (1, 1))
+    with torch.no_grad():
+        assert not depthwise_conv2d_cpu.faster(image, trained, (2, 2))
