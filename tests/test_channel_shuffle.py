@@ -144,7 +144,7 @@ def run(seed, steps, api, device, channels_last):
     return [loss.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-@pytest.mark.parametrize("seed", range(4 if INTERPRET else 60))
+@pytest.mark.parametrize("seed", range(4 if INTERPRET else 30))
 def test_random_networks_have_the_gradients_of_torchs(lane, seed):
     steps = 10 if INTERPRET else 24
     ours = run(seed, steps, chain, lane.device, channels_last=seed % 2 == 0)
@@ -154,6 +154,18 @@ def test_random_networks_have_the_gradients_of_torchs(lane, seed):
             assert all(t is None or not t.any() for t in (a, b))
         else:
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_random_networks_without_kernels(seed):
+    if INTERPRET:
+        pytest.skip("PyTorch alone runs in the CPU lane")
+    with fastcnn.backend("torch"):
+        ours = run(seed, 24, chain, "cpu", channels_last=seed % 2 == 0)
+    expected = run(seed, 24, Plain, "cpu", channels_last=seed % 2 == 0)
+    for a, b in zip(ours, expected, strict=True):
+        if b is not None:
+            torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b, rtol=1e-8, atol=1e-10)
 
 
 class Unit(nn.Module):
