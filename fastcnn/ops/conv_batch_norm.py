@@ -44,7 +44,7 @@ op = Op(
     "conv_batch_norm",
     cpu_kernel=True,
     cpu_auto=True,
-    why="convolutions run on oneDNN, what is between them in numba; a fraction of PyTorch's saved bytes",
+    why="numba between the convolutions of oneDNN, and around BLAS in 1x1 ones; a fraction of PyTorch's saved bytes",
 )
 
 
@@ -151,8 +151,10 @@ def _normalised(z, weight, geometry, gamma, beta, running, norm, backend, fused)
         if backend == "triton":
             running = running._replace(rows=rows)
             return y, rows, *batch_statistics.affine_from_sums(y, sums, pivot, gamma, beta, norm.eps, backend, running)
-        if mean is None and pending_cpu.can_normalise(y, norm, running, backend):
-            return y, rows, *pending_cpu.normalised(y, gamma, beta, norm.eps, running)
+        if pending_cpu.can_normalise(y, norm, running, backend):
+            if mean is None:
+                return y, rows, *pending_cpu.normalised(y, gamma, beta, norm.eps, running)
+            return y, rows, mean, *pending_cpu.affine(y, mean, var, gamma, beta, norm.eps, running)
     if backend == "triton":
         mean, var = batch_statistics.from_sums(y, sums, pivot)
     elif mean is None:
@@ -240,10 +242,13 @@ class ConvBatchNormFunction(torch.autograd.Function):
         if grad_y is None:
             grads = _without_convolution(inputs, grad_z if join else grad_passed, needs[3], backend)
         else:
-            if norm is not None and not (ctx.depthwise or ctx.pointwise) and pending_cpu.can_go_back(y, norm, backend):
-                grad_y, grad_gamma, grad_beta = pending_cpu.normalised_backward(
-                    grad_y, y, mean, invstd, gamma, grad_scale, grad_shift
-                )
+            if norm is not None and pending_cpu.can_go_back(y, norm, backend):
+                vectors = y, mean, invstd, gamma, grad_scale, grad_shift
+                if ctx.depthwise or ctx.pointwise:
+                    *vectors, grad_gamma, grad_beta = pending_cpu.correction(*vectors)
+                    correction = Correction(y, *vectors)
+                else:
+                    grad_y, grad_gamma, grad_beta = pending_cpu.normalised_backward(grad_y, *vectors)
             elif norm is not None:
                 done = None if ctx.ahead is None else ctx.ahead.result(grad_scale, grad_shift)
                 a, b, c, grad_gamma, grad_beta = done or bn.affine_backward(

@@ -93,7 +93,7 @@ def _convolve_backward(grad_y, correction, x, loaded, weight, geometry, need_wei
     if correction is not None:
         grad_y = pending.corrected(grad_y, *correction, backend)
     x = x.contiguous(memory_format=pending.layout_of(x))  # once for two passes
-    scale, shift, activation, slope, scaled = loaded
+    scale, shift, activation, slope, scaled = loaded[:5]
     z = pending.pending_forward(x, scale, shift, activation, slope, *[None] * 4, "none", backend)
     dz, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_y, z, weight, None, stride, padding, dilation, False, [0, 0], groups, [True, need_weight, False]

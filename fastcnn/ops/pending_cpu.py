@@ -218,11 +218,45 @@ def normalised(y, weight, bias, eps, running):
         *over.where, over.image(y), vector(weight), vector(bias), float(eps), vector(running.offset),
         vector(running.mean), vector(running.var), float(running.momentum), *map(torch.Tensor.data_ptr, vectors),
     )  # fmt: skip
+    _moved(running)
+    return vectors
+
+
+def _moved(running):
     if running.batches is not None:
         running.batches.add_(1)
     if running.mean is not None:
         torch.autograd.graph.increment_version((running.mean, running.var))
+
+
+def affine(y, mean, var, weight, bias, eps, running):
+    """(scale, shift, 1 / sqrt(var + eps)) of batch norm of y with these statistics of it."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = Pass(y)
+    vector, c = over.vector, y.shape[1]
+    vectors = [over.vectors(c) for _ in range(3)]
+    kernels.affine(
+        over.where[0], c, y.numel() // c, vector(mean), vector(var), vector(weight), vector(bias), float(eps),
+        vector(running.offset), vector(running.mean), vector(running.var), float(running.momentum),
+        *map(torch.Tensor.data_ptr, vectors),
+    )  # fmt: skip
+    _moved(running)
     return vectors
+
+
+def correction(y, mean, invstd, weight, grad_scale, grad_shift):
+    """(a, b, c, gradients of weight and bias): dy = a * du + b * y + c, given the sums of du * y and of du."""
+    from fastcnn.kernels.cpu import chain as kernels
+
+    over = Pass(y)
+    vector, c = over.vector, y.shape[1]
+    vectors = [over.vectors(c) for _ in range(4)]
+    kernels.correction(
+        over.where[0], c, y.numel() // c, *map(vector, (mean, invstd, weight, grad_scale, grad_shift)),
+        *map(torch.Tensor.data_ptr, vectors),
+    )  # fmt: skip
+    return *vectors, grad_shift
 
 
 def normalised_backward(grad, y, mean, invstd, weight, grad_scale, grad_shift):

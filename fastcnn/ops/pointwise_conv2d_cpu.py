@@ -7,7 +7,7 @@ Not here: a gate whose own gradient is wanted, which squeeze-excite's and stocha
 
 import torch
 
-from fastcnn.ops import blas, huge_pages, pending_cpu
+from fastcnn.ops import blas, common, huge_pages, pending_cpu
 from fastcnn.ops.conv_layout import empty_grad_weight, suggests_channels_last
 from fastcnn.ops.pending_cpu import EMPTY, KINDS, Pass
 
@@ -24,7 +24,20 @@ def takes(e, weight, geometry, backend, need_gate):
     if any(step != 1 for step in stride) or any(padding) or tuple(size) != x.shape[2:]:
         return False
     rows = suggests_channels_last(x) or x.shape[2:] == (1, 1)
-    return rows and pending_cpu.can(x, e.activation) and weight.numel() > 0 and blas.addresses(x.dtype) is not None
+    if not rows or not pending_cpu.can(x, e.activation) or weight.numel() == 0 or blas.addresses(x.dtype) is None:
+        return False
+    n, c, h, w = x.shape
+    # where images are too small for all threads, oneDNN is faster: it shares out channels, too
+    return _plan(n * h * w, c, weight.shape[0], x.itemsize, BACKWARD, True)[0] >= common.threads_for(x.numel())
+
+
+def _plan(m, c, k, itemsize, piece, parts):
+    """(tasks, rows of a piece); parts: whether every task has a gradient of the weight."""
+    rows = max(1, piece // ((c + k) * itemsize))
+    most = min(TASKS, -(-m // rows) // PIECES, m * (c + k) // (2 * k * c) if parts else TASKS)
+    tasks = 1 << max(1, most.bit_length() - 1)  # a power of two: as many for every thread
+    each = -(-m // tasks)
+    return tasks, -(-each // -(-each // rows))
 
 
 class _Call(Pass):
@@ -33,14 +46,11 @@ class _Call(Pass):
     def __init__(self, like, weight, piece, parts):
         super().__init__(like)
         n, c, h, w = like.shape
+        if h * w > 1:
+            self.layout = torch.channels_last  # strides do not tell where there is one channel
         k, m = weight.shape[0], n * h * w
-        rows = max(1, piece // ((c + k) * like.itemsize))
-        most = min(TASKS, -(-m // rows) // PIECES, m * (c + k) // (2 * k * c) if parts else TASKS)
-        self.tasks = 1 << max(1, most.bit_length() - 1)  # a power of two: as many for every thread
-        each = -(-m // self.tasks)
-        self.piece = -(-each // -(-each // rows))
-        threads = self.where[1]
-        self.head = (blas.addresses(like.dtype), EMPTY[like.dtype], threads, n, c, k, m, self.tasks, self.piece)
+        self.tasks, piece = _plan(m, c, k, like.itemsize, piece, parts)
+        self.head = (blas.addresses(like.dtype), EMPTY[like.dtype], self.where[1], n, c, k, m, self.tasks, piece)
 
     def other(self, tensor):
         """The address of an image with any number of channels, or 0."""

@@ -109,14 +109,35 @@ def normalise(
     """
     set_threads(threads)
     record = np.empty((4, C))
-    means, scales, shifts = there(mean, C, like), there(scale, C, like), there(shift, C, like)
-    invstds = there(invstd, C, like)
-    weights, biases, offsets = there(weight, C, like), there(bias, C, like), there(offset, C, like)
-    running_means, running_vars = there(running_mean, C, like), there(running_var, C, like)
-    measure(there(y, size, like), rows, N, C, record, means, invstds)
-    for c in range(C):
-        count, exact, squares = record[0, c], record[1, c] + record[2, c], record[3, c]
-        inverse = 1.0 / np.sqrt(squares / count + eps)
+    measure(there(y, size, like), rows, N, C, record, there(mean, C, like), there(invstd, C, like))
+    vectors(
+        record[0, 0], record[1] + record[2], record[3] / record[0], there(weight, C, like), there(bias, C, like), eps,
+        there(offset, C, like), there(running_mean, C, like), there(running_var, C, like), momentum,
+        there(scale, C, like), there(shift, C, like), there(invstd, C, like),
+    )  # fmt: skip
+
+
+@call
+def affine(
+    like, C, count, mean, var, weight, bias, eps, offset, running_mean, running_var, momentum, scale, shift, invstd
+):  # fmt: skip
+    """The same, given mean and biased variance."""
+    vectors(
+        count, there(mean, C, like), there(var, C, like), there(weight, C, like), there(bias, C, like), eps,
+        there(offset, C, like), there(running_mean, C, like), there(running_var, C, like), momentum,
+        there(scale, C, like), there(shift, C, like), there(invstd, C, like),
+    )  # fmt: skip
+
+
+@numba.njit
+def vectors(
+    count, means, variances, weights, biases, eps, offsets, running_means, running_vars, momentum,
+    scales, shifts, invstds,
+):  # fmt: skip
+    """scales, shifts and invstds of these statistics, and the running ones."""
+    for c in range(means.size):
+        exact, variance = float(means[c]), float(variances[c])
+        inverse = 1.0 / np.sqrt(variance + eps)
         invstds[c] = inverse
         scales[c] = inverse * weights[c] if weights.size > 0 else inverse
         # of the scale as it was rounded
@@ -124,7 +145,7 @@ def normalise(
         if running_means.size > 0:
             moved = exact + offsets[c] if offsets.size > 0 else exact
             running_means[c] = (1.0 - momentum) * running_means[c] + momentum * moved
-            running_vars[c] = (1.0 - momentum) * running_vars[c] + momentum * (squares / (count - 1.0))
+            running_vars[c] = (1.0 - momentum) * running_vars[c] + momentum * (variance * count / (count - 1.0))
 
 
 @call
@@ -133,16 +154,31 @@ def normalise_backward(
 ):  # fmt: skip
     """dy and grad_weight of batch norm in training, given the sums of du * y and of du, where grad is du."""
     set_threads(threads)
-    means, invstds, weights = there(mean, C, like), there(invstd, C, like), there(weight, C, like)
-    products, sums = there(grad_scale, C, like), there(grad_shift, C, like)
-    grad_weights = there(grad_weight, C, like)
     a, b, c = np.empty(C, like.dtype), np.empty(C, like.dtype), np.empty(C, like.dtype)
-    count = size // C
-    for k in range(C):
+    coefficients(
+        size // C, there(mean, C, like), there(invstd, C, like), there(weight, C, like), there(grad_scale, C, like),
+        there(grad_shift, C, like), a, b, c, there(grad_weight, C, like),
+    )  # fmt: skip
+    pending.correct(there(grad, size, like), there(y, size, like), a, b, c, rows, N, C, there(dy, size, like))
+
+
+@call
+def correction(like, C, count, mean, invstd, weight, grad_scale, grad_shift, a, b, c, grad_weight):
+    """a, b, c with which dy = grad * a + b * y + c, and grad_weight."""
+    coefficients(
+        count, there(mean, C, like), there(invstd, C, like), there(weight, C, like), there(grad_scale, C, like),
+        there(grad_shift, C, like), there(a, C, like), there(b, C, like), there(c, C, like),
+        there(grad_weight, C, like),
+    )  # fmt: skip
+
+
+@numba.njit
+def coefficients(count, means, invstds, weights, products, sums, a, b, c, grad_weights):
+    """a, b, c and grad_weights."""
+    for k in range(means.size):
         inverse, total = float(invstds[k]), float(sums[k])
         of_weight = (float(products[k]) - float(means[k]) * total) * inverse
         scale = inverse * weights[k] if weights.size > 0 else inverse
         slope = -scale * inverse * of_weight / count
         a[k], b[k], c[k] = scale, slope, -scale * total / count - slope * means[k]
         grad_weights[k] = of_weight
-    pending.correct(there(grad, size, like), there(y, size, like), a, b, c, rows, N, C, there(dy, size, like))

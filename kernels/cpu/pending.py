@@ -270,6 +270,19 @@ def relu_gradient(d, x, scale, shift, run1, run2):
 
 
 @inline
+def relu6_gradient(d, x, scale, shift, run1, run2):
+    """The same where it is not between 0 and 6."""
+    zero, six = d.dtype.type(0), d.dtype.type(6)
+    for j in range(d.size):
+        v, u = d[j], x[j] * scale[j] + shift[j]
+        v = v if u > zero else zero
+        v = v if u < six else zero
+        d[j] = v
+        run1[j] += v * x[j]
+        run2[j] += v
+
+
+@inline
 def add_products(d, x, run1, run2):
     """Add d * x and d to the runs."""
     for j in range(d.size):
@@ -324,6 +337,8 @@ def gradient(
         add_products(d, right, runs[right_at], runs[right_at + 1])
     if kind == RELU and gates.size == 0 and scales.size > 0:
         relu_gradient(d, x, scales, shifts, runs[0], runs[1])
+    elif kind == RELU6 and gates.size == 0 and scales.size > 0:
+        relu6_gradient(d, x, scales, shifts, runs[0], runs[1])
     else:
         if kind > NONE or gates.size > 0:
             u = inner if inner.size > 0 else x

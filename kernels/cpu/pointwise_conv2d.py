@@ -158,7 +158,7 @@ def merge(records, mean, var):
                 squares += records[task, 3, k] + apart * apart * (count * of_task / total)
                 center += apart * (of_task / total)
                 count = total
-        mean[k], var[k] = center, max(squares, 0.0) / count
+        mean[k], var[k] = center, (0.0 if squares < 0.0 else squares) / count
 
 
 @call
