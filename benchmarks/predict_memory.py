@@ -38,6 +38,9 @@ class Kernel:
         reads, writes: bytes per element, from and to memory; writes of 0: a reduction.
         tail: the code has a second branch for a last, ragged chunk: its narrow accesses are not counted.
         beside: bytes that a thread stores beside the elements: sums.
+        loop: instructions for an element in the loop, counted in the machine code, where the code around it is long
+            and runs seldom; 0: all the code is counted.
+        ahead: steps of that loop that are loaded ahead.
     """
 
     op: str
@@ -48,6 +51,8 @@ class Kernel:
     writes: float
     tail: bool = False
     beside: int = 0
+    loop: float = 0.0
+    ahead: int = 1
 
 
 KERNELS = (
@@ -129,6 +134,23 @@ SLIDING = (
             ("7x7 stride 2 chain", "forward, 7x7 stride 2, ReLU on load, statistics", 8, 8),
         )
     ),
+    *(
+        Kernel(
+            *("depthwise_conv2d_backward", case, "depthwise_conv2d_sliding_backward_kernel"),
+            *(f"both gradients, {what}", reads, 2),
+            beside=beside,
+            loop=loop,
+            ahead=ahead,
+        )
+        for case, what, reads, beside, loop, ahead in (
+            ("mobilenetv2 3x3", "3x3, ReLU6, correction on load", 6, 44, 67.5, 2),
+            ("mobilenetv2 3x3 stride 2", "3x3 stride 2, ReLU6, correction on load", 3, 44, 29.5, 2),
+            ("3x3, all", "3x3, SiLU, gate, correction and sum on load", 8, 48, 104.2, 2),
+            ("5x5, all", "5x5, SiLU, sum on load, gradient corrected before", 6, 112, 109.2, 1),
+            ("mnasnet 5x5 stride 2", "5x5 stride 2, ReLU, correction on load", 3, 108, 37.9, 1),
+            ("7x7, all, fp16", "7x7, SiLU, sum on load, gradient corrected before", 6, 208, 214.5, 1),
+        )
+    ),
 )
 
 
@@ -180,14 +202,15 @@ def limits(kernel, line):
     loaded, stored = bytes_of(loads), bytes_of(stores) - kernel.beside
     elements = stored / kernel.writes if kernel.writes else loaded / kernel.reads
     moved = elements * (kernel.reads + kernel.writes) * WARP
-    in_flight = int(line["resident"]) * WARP * loaded
+    in_flight = int(line["resident"]) * WARP * loaded * kernel.ahead
+    instructions = (kernel.loop * elements or int(line["instructions"])) / moved
     # what is read more than once comes from the caches: of the loads in flight only this part is from memory
     from_memory = min(1.0, elements * kernel.reads / loaded)
     read_share = kernel.reads / (kernel.reads + kernel.writes)
     latency = chip.sms * in_flight * from_memory / LATENCY / read_share if read_share else math.inf
-    issue = chip.sms * ISSUES * chip.hertz / (int(line["instructions"]) / moved)
+    issue = chip.sms * ISSUES * chip.hertz / instructions
     share = min(1.0, latency / chip.bytes_per_second, issue / chip.bytes_per_second)
-    return Limits(in_flight, int(line["instructions"]) / moved * 1024, latency, issue, share)
+    return Limits(in_flight, instructions * 1024, latency, issue, share)
 
 
 def page(folder=RESULTS):
@@ -219,7 +242,8 @@ def page(folder=RESULTS):
             f"**Not measured on a GPU.** None of these kernels spills: the ahead-of-time check fails on one. The copy "
             f"bandwidth is {chip.bytes_per_second / 1e12:.1f} TB/s, measured on one H100. `latency`: the loads of one "
             f"pass through the code are in flight in every warp, and take {LATENCY * 1e9:.0f} ns, an assumption. "
-            f"`issue`: {ISSUES} warp instructions per cycle and SM, every instruction of the code counted once. A "
+            f"`issue`: {ISSUES} warp instructions per cycle and SM, every instruction of the code counted once (of "
+            "depthwise_conv2d_backward those of the loop alone: the code around it is long and runs seldom). A "
             "share of 100% says that neither is in the way; launches, the last wave and what DRAM makes of the order "
             "of the accesses are not in it. depthwise_conv2d: a third to a sixth of the code stands before the loop, "
             "which runs for every few rows of the image, so the real share is higher. How: "

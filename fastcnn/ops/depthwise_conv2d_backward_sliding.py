@@ -1,6 +1,6 @@
 """Launch of the kernel that takes both gradients of a depthwise convolution with a small filter in one pass.
 
-Which tile, and whether one kernel holds both gradients, is data: what the machine code says, as no GPU was at hand.
+Which tile, and what it has registers for, is data: what the machine code says, as no GPU was at hand.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 # no registers left, and is done by a pass of its own before. From machine code of 2026-11 (Triton 3.6.0 and 3.7.1,
 # sm_80, 90, 100): none spills. An H100's SM can start 79 instructions for an element in the time that memory takes for
 # three reads and a write of it (98 with a fourth read, 49 with stride 2); the loops take, of a relu6 with correction,
-# 60 for 3x3 and 29 with stride 2, 41 for 5x5 with stride 2. 5x5 and 7x7 are bound by their 50 and 98 multiply-adds
+# 67 for 3x3 and 30 with stride 2, 38 for 5x5 with stride 2. 5x5 and 7x7 are bound by their 50 and 98 multiply-adds
 TILES = {
     (3, 1): {"nothing": Tile(8, 2, 2), "correction": Tile(8, 2, 2), "gate": Tile(8, 2, 2)},
     (3, 2): {"nothing": Tile(8, 2, 2), "correction": Tile(8, 2, 2), "gate": Tile(8, 2, 2)},
@@ -59,7 +59,9 @@ def tile_of(problem):
         return kinds["nothing"]._replace(ahead=1) if kind == "nothing" else None
     if kind == "gate" and _needs_int64(problem):  # so do longer offsets
         return None
-    return kinds.get(kind)
+    tile = kinds.get(kind)
+    # shuffled channels come one by one, each in a register of its own
+    return tile._replace(ahead=1) if tile is not None and problem.shuffle > 1 else tile
 
 
 def _needs_int64(problem):
