@@ -11,7 +11,7 @@ from fastcnn.ops import blas, common, huge_pages, pending_cpu
 from fastcnn.ops.conv_layout import empty_grad_weight, suggests_channels_last
 from fastcnn.ops.pending_cpu import EMPTY, KINDS, Pass
 
-FORWARD, BACKWARD = 2**19, 2**19  # bytes of a piece of z and of y
+FORWARD, BACKWARD = 2**20, 2**20  # bytes of a piece of z and of y
 TASKS = 16  # at most: each keeps a gradient of the weight of its own
 PIECES = 2  # that a task has, where there are enough for two tasks
 
