@@ -240,8 +240,8 @@ class SeparableConv2dFunction(torch.autograd.Function):
 _op = Op(
     "separable_conv2d",
     cpu_kernel=True,
-    cpu_auto=True,
-    why="our depthwise convolution before PyTorch's 1x1 one",
+    cpu_auto=False,
+    why="PyTorch's two convolutions take 0.4 to 0.9 of the time of ours, which makes the depthwise result twice",
 )
 
 
@@ -277,6 +277,17 @@ def _check_weights(input, depthwise_weight, pointwise_weight, bias, depthwise_bi
             raise ValueError(f"{name} must have shape ({count},), one element per filter, got {tuple(vector.shape)}")
 
 
+def _pytorchs(input, depthwise_weight, pointwise_weight, *others, **named):
+    # two convolutions take weights that are no separable convolution's, and memory that operands on "meta" do not have
+    if depthwise_weight.shape[1] != 1 or pointwise_weight.shape[2:] != (1, 1) or pointwise_weight.shape[0] == 0:
+        raise ValueError
+    operands = depthwise_weight, pointwise_weight, *others, *named.values()
+    if not all(t.is_cpu for t in operands if isinstance(t, torch.Tensor)):
+        raise ValueError
+    return separable_conv2d_reference(input, depthwise_weight, pointwise_weight, *others, **named)
+
+
+@_op.torch_first(_pytorchs)
 def separable_conv2d(
     input, depthwise_weight, pointwise_weight, bias=None, stride=1, padding=0, dilation=1, depthwise_bias=None
 ):
