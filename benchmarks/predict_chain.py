@@ -14,11 +14,14 @@ from torch import nn
 
 import fastcnn
 from fastcnn.benchmarks import networks
+from fastcnn.ops.chips import CHIPS
 from fastcnn.study import launches, ledger
 from fastcnn.study.trace import trace
 
-NETWORKS = ("resnet50", "densenet121", "vgg16_bn")
+NETWORKS = ("resnet50", "densenet121", "vgg16_bn", "mobilenet_v2", "efficientnet_b0")
 BATCH = 256
+GPU = "h100-sxm"
+GAP = 1.5e-6  # seconds between two launches of a CUDA graph: an assumption
 CAPABILITY = 90
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGE = "chain-bytes.md"
@@ -62,7 +65,9 @@ def page():
         columns = [expected(name, scheme) for scheme in ledger.SCHEMES]
         totals = [f"{sum(column):.0f}" for column in columns]
         cells = [*totals, f"{moved[0]:.0f} / {moved[1]:.0f} / **{sum(moved):.0f}**"]
-        rows.append([name, *cells, f"{sum(moved) / sum(columns[-1]):.3f}", str(sum(map(len, passes)))])
+        count = sum(map(len, passes))
+        ceiling = BATCH / (sum(moved) * BATCH * 1e6 / CHIPS[GPU].bytes_per_second + count * GAP)
+        rows.append([name, *cells, f"{sum(moved) / sum(columns[-1]):.3f}", str(count), f"{ceiling:,.0f}"])
         details += ["", f"## {name}", ""]
         details += ["| kernel or op | forward: launches | MB per image | backward: launches | MB per image |"]
         details += ["|---|---:|---:|---:|---:|", *_kernels(passes)]
@@ -74,10 +79,12 @@ def page():
             "Counted, not timed: every tensor that a launch takes, once and at its full size, with partial sums and",
             "slabs; on the left the ledger's three schemes (`fastcnn/study/ledger.py`). Neither has the optimizer's",
             f"traffic. The launches are those for a GPU of compute capability {CAPABILITY / 10:g}, without tuning. Ops",
-            "that are registered with PyTorch (pools, the loss) count as one launch.",
+            "that are registered with PyTorch (pools, the loss) count as one launch. The last column is not measured",
+            "and no promise: images per second if nothing but these bytes took time, at the copy bandwidth of an H100",
+            f"({CHIPS[GPU].bytes_per_second / 1e12:.1f} TB/s) with {GAP * 1e6:g} us per launch.",
             "",
-            f"| {' | '.join([*head, 'launches'])} |",
-            "|---|---:|---:|---:|---:|---:|---:|",
+            f"| {' | '.join([*head, 'launches', 'ceiling, images/s'])} |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|",
             *(f"| {' | '.join(row)} |" for row in rows),
             *details,
             "",
