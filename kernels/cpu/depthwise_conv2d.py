@@ -677,6 +677,8 @@ def backward_task(
                         xj = x[at + j * step : at + j * step + size] if direct else row[j * step : j * step + size]
                         if kind == pending.RELU:
                             pending.relu_gradient(d, xj, scales, shifts, product_run, plus_run)
+                        elif kind == pending.RELU6:
+                            pending.relu6_gradient(d, xj, scales, shifts, product_run, plus_run)
                         else:
                             u = inner[:size]
                             pending.affine(xj, scales, shifts, u)
