@@ -2,10 +2,11 @@ import depthwise_reference as reference
 import pytest
 import torch
 
-from fastcnn.ops import depthwise_conv2d_cpu
+import fastcnn.functional
+from fastcnn.ops import depthwise_conv2d, depthwise_conv2d_cpu
 from fastcnn.ops.conv_fusion import Correction, Gated, Pending
 from fastcnn.ops.conv_layout import suggests_channels_last
-from fastcnn.testing import assert_close_to_truth
+from fastcnn.testing import assert_close_to_truth, assert_matches
 
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 # batch, channels, filters per channel, image, window, stride, padding, dilation
@@ -186,10 +187,25 @@ def test_refuses_half_precision():
 
 
 def test_takes_over_where_it_was_measured_faster():
-    image, trained = torch.empty(8, 144, 56, 56), torch.empty(144, 1, 5, 5, requires_grad=True)
-    assert depthwise_conv2d_cpu.faster(image, trained, (2, 2))
-    assert not depthwise_conv2d_cpu.faster(image, trained.detach(), (2, 2))
-    assert not depthwise_conv2d_cpu.faster(image, trained[..., 1:, 1:], (1, 1))
-    assert not depthwise_conv2d_cpu.faster(image[:1, :, :7, :7], trained, (1, 1))
+    pays, image = depthwise_conv2d_cpu.pays, torch.empty(8, 144, 56, 56, requires_grad=True)
+    trained, small = (torch.empty(144, 1, k, k, requires_grad=True) for k in (5, 3))
+    rows = image.contiguous(memory_format=torch.channels_last)
+    assert pays(image, trained, (2, 2), (1, 1)) and pays(rows, small, (2, 2), (1, 1))
+    assert not pays(image, small, (1, 1), (1, 1)) and not pays(rows.detach(), small, (1, 1), (1, 1))
+    assert not pays(rows[..., :14, :14], small, (1, 1), (1, 1)) and not pays(rows[:1], small, (1, 1), (1, 1))
+    assert not pays(image, trained.detach(), (2, 2), (1, 1)) and not pays(image, trained, (1, 1), (2, 2))
+    assert not pays(image, trained[..., 1:, 1:4], (1, 1), (1, 1))
+    assert not pays(image[:1, :, :7, :7], trained, (1, 1), (1, 1))
     with torch.no_grad():
-        assert not depthwise_conv2d_cpu.faster(image, trained, (2, 2))
+        assert not pays(image, trained, (2, 2), (1, 1))
+
+
+@pytest.mark.parametrize("size, stride", [(5, 1), (5, 2), (3, 1)])
+def test_auto_takes_pytorchs_forward_and_our_gradients(size, stride):
+    x = torch.randn(2, 192, 57, 58).contiguous(memory_format=torch.channels_last)
+    tensors = [t.requires_grad_() for t in (x, torch.randn(192, 1, size, size), torch.randn(192))]
+    depthwise_conv2d.op.calls.clear()
+    convolve = lambda api: lambda x, w, b: api.conv2d(x, w, b, stride, size // 2, 1, 192)
+    with fastcnn.strict(False), fastcnn.backend("auto"):
+        assert_matches(convolve(fastcnn.functional), convolve(torch.nn.functional), *tensors)
+    assert depthwise_conv2d.op.calls == {("cpu", None): 1}

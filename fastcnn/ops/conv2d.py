@@ -468,11 +468,14 @@ def check_bias(bias, channels):
 
 
 def _pytorchs(input, weight, bias=None, *others, **named):
-    # PyTorch reads memory that operands on "meta" do not have; and depthwise convolutions run on our kernels
-    groups = others[3] if len(others) > 3 else named.get("groups", 1)
-    if not weight.is_cpu or not (bias is None or bias.is_cpu) or depthwise_conv2d.pays_on_cpu(input, weight, groups):
+    # PyTorch reads memory that operands on "meta" do not have
+    if not weight.is_cpu or not (bias is None or bias.is_cpu) or _has_own_gradients(input, weight, *others, **named):
         raise ValueError
     return F.conv2d(input, weight, bias, *others, **named)
+
+
+def _has_own_gradients(input, weight, stride=1, padding=0, dilation=1, groups=1):
+    return depthwise_conv2d.pays_on_cpu(input, weight, stride, dilation, groups)
 
 
 def check_convolution(input, weight, bias, stride, padding, dilation, groups, name="weight"):
@@ -539,6 +542,7 @@ def conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
     operands = [None if t is None else t.to(compute_dtype(t)) for t in (input, weight, bias)]
     if depthwise:
         backend = depthwise_conv2d.op.route(input, lambda backend: depthwise_conv2d.why_not(backend, *operands[:2]))
+        backend = "auto" if backend == "cpu" and current_backend() == "auto" and not is_strict() else backend
     else:
         backend = among_vendors(_op.route(input, lambda backend: _why_not(backend, input, weight)), input)
     if backend == "torch":

@@ -14,6 +14,7 @@ too. As in conv2d, padding is (top, left).
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from fastcnn.backends import Op
 from fastcnn.ops import common
@@ -23,7 +24,7 @@ op = Op(
     "depthwise_conv2d",
     cpu_kernel=True,
     cpu_auto=True,
-    why="both gradients in one pass over memory; PyTorch's gradient of a 5x5 weight takes several times as long",
+    why="forward runs on PyTorch; both gradients of 5x5 windows, and of 3x3 in large channels_last images, in numba",
 )
 
 
@@ -57,11 +58,12 @@ def why_not(backend, input, weight):
     return None
 
 
-def pays_on_cpu(input, weight, groups):
-    """Whether "auto" takes our kernels for this convolution of CPU tensors, given that they can run it."""
-    if not is_depthwise(weight, groups):
+def pays_on_cpu(input, weight, stride, dilation, groups):
+    """Whether "auto" takes our kernels for the gradients of this convolution of CPU tensors."""
+    if not is_depthwise(weight, groups) or input.dim() != 4 or why_not("cpu", input, weight) is not None:
         return False
-    return why_not("cpu", input, weight) is None and _kernels("cpu").faster(input, weight)
+    strides, dilations = (value if isinstance(value, (tuple, list)) else (value, value) for value in (stride, dilation))
+    return _kernels("cpu").pays(input, weight, strides, dilations)
 
 
 def _kernels(backend):
@@ -75,8 +77,14 @@ def _kernels(backend):
     return depthwise_conv2d_cpu
 
 
+def _size_of(input, weight, stride, padding, dilation):
+    """Of the output, where the far side has as much padding as the near one, as PyTorch has it."""
+    sizes = zip(input.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    return tuple((h + 2 * pad - dil * (r - 1) - 1) // step + 1 for h, r, step, pad, dil in sizes)
+
+
 def depthwise_forward(input, weight, bias, size, stride, padding, dilation, channels_last, backend, **fused):
-    """y [N, K, *size].
+    """y [N, K, *size]. Backend "auto": PyTorch's forward pass, which is faster on CPU, where only gradients are ours.
 
     Args:
         fused: of both backends pending (conv_fusion.Pending, applied to input as it is loaded), shuffle (the
@@ -84,6 +92,9 @@ def depthwise_forward(input, weight, bias, size, stride, padding, dilation, chan
             activation ((name, slope)), residual, pivot: as of conv2d.conv2d_forward. Of CPU statistics: with True,
             returns (y, mean, biased variance [K]).
     """
+    if backend == "auto" and tuple(size) == _size_of(input, weight, stride, padding, dilation):
+        y = F.conv2d(input, weight, bias, stride, padding, dilation, input.shape[1])
+        return y.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     return _kernels(backend).forward(input, weight, bias, size, stride, padding, dilation, channels_last, **fused)
 
 
