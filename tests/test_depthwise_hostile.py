@@ -199,7 +199,11 @@ def test_hostile_convolutions(lane):
             backend = "cpu" if lane.name == "cpu" else "triton"
             how = outputs(case, case.padding), *geometry[:3], backend
             ours = lambda *t: depthwise_conv2d.DepthwiseConv2dFunction.apply(*t, *how)
-        assert_matches(ours, lambda *t: F.conv2d(*t, *geometry), *operands)
+        theirs = lambda *t: F.conv2d(*t, *geometry)
+        if case.c == 1 and case.dtype in (bf16, fp16):
+            # PyTorch's own gradient of such a weight is NaN now and then, from memory that it does not own
+            theirs = lambda *t: F.conv2d(*(u if u is None else u.float() for u in t), *geometry).to(t[0].dtype)
+        assert_matches(ours, theirs, *operands)
         seen.update(name for name, holds in TROUBLE.items() if holds(case))
         seen["same"] += case.same and case.stride == (1, 1)
 

@@ -9,6 +9,9 @@ Source: Sifre and Mallat 2014; Howard et al. 2017 (MobileNets).
 
 The host functions of both backends (depthwise_conv2d_launch, depthwise_conv2d_cpu) take what the fused chain needs,
 too. As in conv2d, padding is (top, left).
+
+Kernels that slide meet the zeros of the padding: where a channel holds an Inf or NaN, at an image's border more of its
+own values may be NaN than in PyTorch, and more taps of a filter's gradient that is not finite either way.
 """
 
 from typing import NamedTuple
