@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from same_networks import assert_same_layers, assert_same_under_autocast
 from test_chain_bytes import saved_bytes
 from torch import nn
 
@@ -86,15 +87,7 @@ def test_parameters_are_theirs(name):
     with torch.device("meta"):
         mine, theirs = create_model(name), stock(name)
         assert mine(torch.empty(2, 3, 64, 32)).shape == (2, 1000)
-    shapes = lambda model: [(key, tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()]
-    assert shapes(mine) == shapes(theirs)
-    assert sum(p.numel() for p in mine.parameters()) == PARAMETERS[name]
-    options = lambda model: [
-        (m.eps, m.momentum) if isinstance(m, nn.BatchNorm2d) else (m.stride, m.padding, m.groups)
-        for m in model.modules()
-        if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))
-    ]
-    assert options(mine) == options(theirs)
+    assert_same_layers(mine, theirs, PARAMETERS[name])
     for kind in ("StochasticDepth", "Dropout"):
         probabilities = lambda model, kind=kind: [m.p for m in model.modules() if type(m).__name__ == kind]
         assert [p for p in probabilities(mine) if p] == [p for p in probabilities(theirs) if p]
@@ -304,15 +297,7 @@ def test_squeeze_excite_is_torchvisions(change, activation, gate):
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"])
 def test_autocast(name):
-    mine, theirs = pair(name, torch.float32)
-    truth = copy.deepcopy(theirs).double()
-    mine.eval(), theirs.eval(), truth.eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = mine(images), theirs(images)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    true = truth(images.double()).detach()
-    assert_close_to_truth("output", found.detach(), expected.detach(), true, torch.bfloat16)
+    assert_same_under_autocast(*pair(name, torch.float32))
 
 
 def test_some_layers_frozen():

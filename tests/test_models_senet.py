@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import INTERPRET
+from same_networks import assert_same_layers
 from test_chain_bytes import saved_bytes
 from test_models_mobile import assert_same, hostile, step, timm
 from torch import nn
@@ -33,15 +34,7 @@ def test_parameters_are_timms(name):
     with torch.device("meta"):
         mine, theirs = create_model(name), timm.create_model(name)
         assert mine(torch.empty(2, 3, 64, 32)).shape == (2, 1000)
-    shapes = lambda model: [(key, tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()]
-    assert shapes(mine) == shapes(theirs)
-    assert sum(p.numel() for p in mine.parameters()) == PARAMETERS[name]
-    options = lambda model: [
-        (m.eps, m.momentum) if isinstance(m, nn.BatchNorm2d) else (m.stride, m.padding, m.groups)
-        for m in model.modules()
-        if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))
-    ]
-    assert options(mine) == options(theirs)
+    assert_same_layers(mine, theirs, PARAMETERS[name])
 
 
 def test_initialisation():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import INTERPRET
+from same_networks import assert_same_layers, assert_same_under_autocast
 from test_chain_bytes import saved_bytes
 from test_models_mobile import assert_same, hostile, models, step
 from torch import nn
@@ -15,7 +16,7 @@ import fastcnn
 from fastcnn import chain
 from fastcnn.benchmarks.training_step import errors
 from fastcnn.models import create_model, shufflenet_v1, shufflenet_v2
-from fastcnn.testing import FLOORS, assert_close_to_truth
+from fastcnn.testing import FLOORS
 
 LANES = ("triton", "cpu")
 PARAMETERS = {
@@ -73,15 +74,7 @@ def test_parameters_are_torchvisions(name):
     with torch.device("meta"):
         mine, theirs = create_model(name), models.get_model(name, weights=None)
         assert mine(torch.empty(2, 3, 64, 32)).shape == (2, 1000)
-    shapes = lambda model: [(key, tensor.shape, tensor.dtype) for key, tensor in model.state_dict().items()]
-    assert shapes(mine) == shapes(theirs)
-    assert sum(p.numel() for p in mine.parameters()) == PARAMETERS[name]
-    options = lambda model: [
-        (m.eps, m.momentum) if isinstance(m, nn.BatchNorm2d) else (m.stride, m.padding, m.groups)
-        for m in model.modules()
-        if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))
-    ]
-    assert options(mine) == options(theirs)
+    assert_same_layers(mine, theirs, PARAMETERS[name])
 
 
 def test_initialisation_is_torchvisions():
@@ -208,15 +201,7 @@ def test_a_converted_network_computes_the_same():
 
 @pytest.mark.parametrize("name", ["shufflenet_v2_x0_5", "shufflenet_v1"])
 def test_autocast(name):
-    mine, theirs = pair(name, torch.float32)
-    truth = copy.deepcopy(theirs).double().eval()
-    mine.eval(), theirs.eval()
-    images = torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = mine(images), theirs(images)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    true = truth(images.double()).detach()
-    assert_close_to_truth("output", found.detach(), expected.detach(), true, torch.bfloat16)
+    assert_same_under_autocast(*pair(name, torch.float32))
 
 
 def test_some_layers_frozen():
