@@ -5,7 +5,7 @@ BIN := .venv/bin
 ARGS ?=
 OUT ?= runs/lenet5-digits-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: train test lint test-cpu test-interpret test-gpu aot aot-update bench results install clean
+.PHONY: train test lint test-cpu test-interpret test-gpu test-nightly aot aot-update bench results install clean
 
 train: install
 	$(BIN)/fastcnn train --model lenet5 --data digits --out $(OUT)
@@ -33,6 +33,10 @@ test-interpret: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# hours: every network of fastcnn.models whole, every CNN of torchvision and timm converted
+test-nightly: install
+	$(BIN)/python -m pytest -n 2 -m nightly $(ARGS)
 
 aot: install
 	$(BIN)/python tests/aot.py

@@ -13,7 +13,7 @@ from torch import nn
 import fastcnn
 from fastcnn import chain
 from fastcnn.benchmarks.training_step import errors
-from fastcnn.models import MODELS, SENet, create_model
+from fastcnn.models import SENet, create_model
 from fastcnn.models.senet import SEBottleneck
 from fastcnn.testing import FLOORS
 
@@ -24,7 +24,7 @@ PARAMETERS = {"seresnet50": 28_088_024, "seresnext50_32x4d": 27_559_896, "senet1
 def pair(name, dtype=torch.float64, layers=(1, 1, 1, 1)):
     """Ours and timm's of so many blocks, with the same weights, loaded by their names."""
     theirs = hostile(timm.create_model(name, num_classes=5, layers=list(layers)))
-    mine = SENet(layers, num_classes=5, **MODELS[name].keywords)
+    mine = create_model(name, num_classes=5, layers=layers)
     mine.load_state_dict(theirs.state_dict())
     return mine.to(dtype), theirs.to(dtype)
 

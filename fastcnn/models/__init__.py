@@ -1,59 +1,57 @@
-"""The networks, by name: `create_model("mobilenet_v2", num_classes=10)`.
+"""The networks, by name: `create_model("resnet50", num_classes=10)`, or `models.resnet50(num_classes=10)`.
 
-Weights of torchvision's (or timm's) network of that name load unchanged: `model.load_state_dict(theirs.state_dict())`.
+Every file here is one family: its classes, and `MODELS`, the names it builds. A new file needs no entry anywhere else.
+Weights of torchvision's (or timm's) network of that name load unchanged: `model.load_state_dict(theirs.state_dict())`,
+or from a file of them: `create_model(name, pretrained=PATH)`.
 """
 
+import fnmatch
+import importlib
 import inspect
-from functools import partial
+import pkgutil
 
-from fastcnn.models.efficientnet import SCALES, EfficientNet
-from fastcnn.models.lenet import LeNet5
-from fastcnn.models.mobilenet_v1 import MobileNetV1
-from fastcnn.models.mobilenet_v2 import MobileNetV2
-from fastcnn.models.mobilenet_v3 import MobileNetV3
-from fastcnn.models.senet import SENet
-from fastcnn.models.shufflenet_v1 import ShuffleNetV1
-from fastcnn.models.shufflenet_v2 import WIDTHS, ShuffleNetV2
+from fastcnn.models import weights
+from fastcnn.models.network import Entry, Network
 from fastcnn.names import check_name
+from fastcnn.nn.blocks import unfuse
 
-__all__ = [
-    "EfficientNet", "LeNet5", "MobileNetV1", "MobileNetV2", "MobileNetV3", "SENet", "ShuffleNetV1", "ShuffleNetV2",
-    "create_model", "list_models",
-]  # fmt: skip
-
-MODELS = {
-    "lenet5": LeNet5,
-    "mobilenet_v1": MobileNetV1,
-    "mobilenet_v2": MobileNetV2,
-    "mobilenet_v3_large": partial(MobileNetV3, "large"),
-    "mobilenet_v3_small": partial(MobileNetV3, "small"),
-    **{f"efficientnet_{scale}": partial(EfficientNet, scale) for scale in SCALES},
-    "shufflenet_v1": ShuffleNetV1,
-    **{f"shufflenet_v2_{width}": partial(ShuffleNetV2, width) for width in WIDTHS},
-    "seresnet50": partial(SENet, (3, 4, 6, 3)),
-    "seresnext50_32x4d": partial(SENet, (3, 4, 6, 3), cardinality=32, base_width=4),
-    "senet154": partial(
-        SENet, (3, 8, 36, 3), cardinality=64, base_width=4, reduce_first=2, deep_stem=True, down_kernel_size=3
-    ),
-}
+__all__ = ["Entry", "Network", "create_model", "list_models"]
+MODELS = {}
 
 
-def list_models():
-    """The names `create_model` knows, sorted."""
-    return sorted(MODELS)
+def list_models(pattern="*"):
+    """The names `create_model` knows, sorted.
+
+    Args:
+        pattern: of the names wanted, as of file names: "resnet*", "*_cifar".
+    """
+    return sorted(fnmatch.filter(MODELS, pattern))
 
 
-def create_model(name, num_classes=None, in_chans=None, **kwargs):
-    """Build a network with fresh weights.
+def create_model(
+    name, num_classes=None, in_chans=None, *, pretrained=None, fused=True, features_only=False, out_indices=None,
+    **kwargs,
+):  # fmt: skip
+    """Build a network.
 
     Args:
         name: one of `list_models()`.
-        num_classes: number of outputs; None for the network's own: 1000, of LeNet-5 10.
-        in_chans: channels of the images; None for the network's own: 3, of LeNet-5 1.
+        num_classes: number of outputs; None for the network's own, mostly 1000.
+        in_chans: channels of the images; None for the network's own, mostly 3.
+        pretrained: file of weights, of torch.save or safetensors, with the network's keys; None for fresh weights. If
+            it is of another number of classes, the classifier keeps its fresh weights.
+        fused: whether the blocks run as the fused chain; off, layer by layer, which torch.compile takes as one graph.
+        features_only: return a list of the outputs of the network's stages, see `Network.feature_info`; what comes
+            after them is left out.
+        out_indices: with features_only: which stages, counted from 0; None for all.
         **kwargs: options of that network; see its class.
 
+    Returns:
+        Network: in training mode, on the CPU.
+
     Raises:
-        ValueError: no such network (the nearest name is suggested), or an impossible argument.
+        ValueError: no such network (the nearest name is suggested), an impossible argument, or a file of weights that
+            do not fit.
     """
     check_name("model", name, list_models())
     given = {"num_classes": num_classes, "in_chans": in_chans}
@@ -61,6 +59,35 @@ def create_model(name, num_classes=None, in_chans=None, **kwargs):
     for argument, value in given.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{argument} must be a positive int, got {value!r}")
+    build = MODELS[name].build
+    options = [p.name for p in inspect.signature(build).parameters.values() if p.kind != p.VAR_KEYWORD]
     for argument in kwargs:
-        check_name(f"option of {name}", argument, list(inspect.signature(MODELS[name]).parameters))
-    return MODELS[name](**given, **kwargs)
+        check_name(f"option of {name}", argument, options)
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices needs features_only=True, got {out_indices!r} without it")
+    model = build(**given, **kwargs)
+    if pretrained is not None:
+        weights.load(model, pretrained)
+    if features_only:
+        model.to_features(out_indices)
+    return model if fused else unfuse(model)
+
+
+def _builder(name, entry):
+    # models.resnet50(...), as torchvision has them
+    def build(**kwargs):
+        return create_model(name, **kwargs)
+
+    build.__name__ = build.__qualname__ = name
+    build.__doc__ = f"create_model({name!r}, ...); its network ({entry.year}) is described there and in its class."
+    return build
+
+
+for _file in pkgutil.iter_modules(__path__):
+    _family = importlib.import_module(f"{__name__}.{_file.name}")
+    _entries = getattr(_family, "MODELS", {})
+    MODELS.update(_entries)
+    if _entries:
+        # a network's classes, and then its names, of which some are also its file's
+        globals().update({n: c for n, c in vars(_family).items() if getattr(c, "__module__", "") == _family.__name__})
+        globals().update({name: _builder(name, entry) for name, entry in _entries.items()})

@@ -7,7 +7,7 @@ import math
 from functools import partial
 
 from fastcnn import nn
-from fastcnn.models.classifier import Classifier, round_channels
+from fastcnn.models.network import Entry, MobileNetwork, round_channels
 from fastcnn.nn.mobile_blocks import MBConv, SqueezeExcite
 
 # table 1 of the paper: expansion, kernel, stride of the first, output channels, blocks
@@ -22,7 +22,7 @@ SCALES = {
 }  # fmt: skip
 
 
-class EfficientNet(Classifier):
+class EfficientNet(MobileNetwork):
     """EfficientNet: a 3x3 convolution, inverted residuals with squeeze-excite, a 1x1 convolution, the mean, one linear
     layer.
 
@@ -66,4 +66,10 @@ class EfficientNet(Classifier):
         features.append(nn.ConvBNAct(channels, last, 1, norm_layer=norm, activation_layer=nn.SiLU))
         classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, num_classes))
         bound = 1 / math.sqrt(num_classes)
-        super().__init__(nn.ChainSequential(*features), classifier, partial(nn.init.uniform_, a=-bound, b=bound))
+        uniform = partial(nn.init.uniform_, a=-bound, b=bound)
+        super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, uniform)
+
+
+# the sizes of the images that the paper trains them on
+SIZES = {"b0": 224, "b1": 240, "b2": 260, "b3": 300, "b4": 380, "b5": 456, "b6": 528, "b7": 600}
+MODELS = {f"efficientnet_{scale}": Entry(partial(EfficientNet, scale), 2019, SIZES[scale]) for scale in SCALES}

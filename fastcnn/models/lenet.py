@@ -1,13 +1,14 @@
 """LeNet-5 (LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, 1998)."""
 
-from fastcnn import nn
+from fastcnn import chain, nn
+from fastcnn.models.network import Entry, Network
 from fastcnn.names import check_name
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
 POOLS = {"max": nn.MaxPool2d, "avg": nn.AvgPool2d}
 
 
-class LeNet5(nn.Module):
+class LeNet5(Network):
     """LeNet-5 for 32x32 images, in the form that is taught today.
 
         image 1x32x32
@@ -33,24 +34,27 @@ class LeNet5(nn.Module):
     Shape: images [N, in_chans, 32, 32] -> logits [N, num_classes].
     """
 
+    body = ("conv1", "act1", "pool1", "conv2", "act2", "pool2")
+    stages = ("pool1", "pool2")
+    heads = ("fc3",)
+
     def __init__(self, num_classes=10, in_chans=1, activation="relu", pool="max"):
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         check_name("activation", activation, list(ACTIVATIONS))
         check_name("pool", pool, list(POOLS))
-        self.conv1 = nn.Conv2d(in_chans, 6, 5)
-        self.conv2 = nn.Conv2d(6, 16, 5)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.fc2 = nn.Linear(120, 84)
+        self.conv1, self.act1, self.pool1 = nn.Conv2d(in_chans, 6, 5), ACTIVATIONS[activation](), POOLS[pool](2)
+        self.conv2, self.act2, self.pool2 = nn.Conv2d(6, 16, 5), ACTIVATIONS[activation](), POOLS[pool](2)
+        self.fc1, self.act3 = nn.Linear(16 * 5 * 5, 120), ACTIVATIONS[activation]()
+        self.fc2, self.act4 = nn.Linear(120, 84), ACTIVATIONS[activation]()
         self.fc3 = nn.Linear(84, num_classes)
-        self.act = ACTIVATIONS[activation]()
-        self.pool = POOLS[pool](2)
 
-    def forward(self, x):
-        if x.ndim != 4 or x.shape[1] != self.conv1.in_channels or x.shape[2:] != (32, 32):
-            expected = f"[N, {self.conv1.in_channels}, 32, 32]"
-            raise ValueError(f"LeNet5 takes images of shape {expected}, got {list(x.shape)}")
-        x = self.pool(self.act(self.conv1(x)))
-        x = self.pool(self.act(self.conv2(x)))
-        x = self.act(self.fc1(x.flatten(1)))
-        x = self.act(self.fc2(x))
-        return self.fc3(x)
+    def check_images(self, x):
+        if x.ndim != 4 or x.shape[1] != self.in_chans or x.shape[2:] != (32, 32):
+            raise ValueError(f"LeNet5 takes images of shape [N, {self.in_chans}, 32, 32], got {list(x.shape)}")
+
+    def classify(self, x):
+        x = self.act3(self.fc1(chain.materialize(x).flatten(1)))
+        return self.fc3(self.act4(self.fc2(x)))
+
+
+MODELS = {"lenet5": Entry(LeNet5, 1998, 32)}

@@ -9,15 +9,14 @@ import math
 import torch
 
 from fastcnn import chain, nn
-from fastcnn.models.classifier import check_images, round_channels
-from fastcnn.nn.blocks import _call, _conv_norm
+from fastcnn.models.network import Entry, Network, round_channels
 from fastcnn.nn.mobile_blocks import DepthwiseSeparable
 
 # outputs of the blocks, by stage; the first block of every stage but the first has stride 2
 STAGES = ((64,), (128, 128), (256, 256), (512,) * 6, (1024, 1024))
 
 
-class MobileNetV1(nn.Block):
+class MobileNetV1(Network):
     """MobileNet v1: a 3x3 convolution, 13 depthwise-separable ones, the mean over the image, one linear layer.
 
         stem       3x3, stride 2      32 channels
@@ -39,8 +38,12 @@ class MobileNetV1(nn.Block):
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
 
+    body = ("conv_stem", "bn1", "act", "blocks")
+    stages = ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4")
+    heads = ("classifier",)
+
     def __init__(self, num_classes=1000, in_chans=3, width_mult=1.0, dropout=0.0):
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         channels = round_channels(32, width_mult)
         self.conv_stem = nn.Conv2d(in_chans, channels, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
@@ -63,7 +66,8 @@ class MobileNetV1(nn.Block):
         nn.init.uniform_(self.classifier.weight, -1 / math.sqrt(num_classes), 1 / math.sqrt(num_classes))
         nn.init.zeros_(self.classifier.bias)
 
-    def values(self, x):
-        check_images(self, x, self.conv_stem.in_channels)
-        x = _call(self.act, _conv_norm(x, self.conv_stem, self.bn1))
-        return self.classifier(self.dropout(chain.mean(_call(self.blocks, x))))
+    def classify(self, x):
+        return self.classifier(self.dropout(chain.mean(x)))
+
+
+MODELS = {"mobilenet_v1": Entry(MobileNetV1, 2017)}

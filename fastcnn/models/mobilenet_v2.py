@@ -6,7 +6,7 @@ The parameter names are those of torchvision.models.mobilenet_v2, whose weights 
 from functools import partial
 
 from fastcnn import nn
-from fastcnn.models.classifier import Classifier, round_channels
+from fastcnn.models.network import Entry, MobileNetwork, round_channels
 from fastcnn.nn.mobile_blocks import InvertedResidual
 
 # expansion, output channels, blocks, stride of the first: table 2 of the paper
@@ -15,10 +15,14 @@ STAGES = (
 )  # fmt: skip
 
 
-class MobileNetV2(Classifier):
+class MobileNetV2(MobileNetwork):
     """MobileNet v2: a 3x3 convolution, 17 inverted residuals, a 1x1 convolution, the mean, one linear layer.
 
     3,504,872 parameters for 1000 classes.
+
+        >>> model = create_model("mobilenet_v2", num_classes=10)
+        >>> model(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
 
     Args:
         num_classes: number of outputs.
@@ -28,6 +32,8 @@ class MobileNetV2(Classifier):
 
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
+
+    stages = ("features.1", "features.3", "features.6", "features.13", "features.17")
 
     def __init__(self, num_classes=1000, in_chans=3, width_mult=1.0, dropout=0.2):
         channels = round_channels(32, width_mult)
@@ -40,4 +46,8 @@ class MobileNetV2(Classifier):
         last = round_channels(1280, max(1.0, width_mult))
         features.append(nn.ConvBNAct(channels, last, 1, activation_layer=nn.ReLU6))
         classifier = nn.Sequential(nn.Dropout(dropout), nn.Linear(last, num_classes))
-        super().__init__(nn.ChainSequential(*features), classifier, partial(nn.init.normal_, std=0.01))
+        normal = partial(nn.init.normal_, std=0.01)
+        super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, normal)
+
+
+MODELS = {"mobilenet_v2": Entry(MobileNetV2, 2018)}

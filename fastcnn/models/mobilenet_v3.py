@@ -7,7 +7,7 @@ unchanged.
 from functools import partial
 
 from fastcnn import nn
-from fastcnn.models.classifier import Classifier, round_channels
+from fastcnn.models.network import Entry, MobileNetwork, round_channels
 from fastcnn.nn.mobile_blocks import MBConv, SqueezeExcite
 
 # tables 1 and 2 of the paper: kernel, expanded channels, output channels, squeeze-excite, activation, stride
@@ -28,7 +28,7 @@ BLOCKS = {
 LAST = {"large": 1280, "small": 1024}  # outputs of the first linear layer
 
 
-class MobileNetV3(Classifier):
+class MobileNetV3(MobileNetwork):
     """MobileNet v3: a 3x3 convolution, 15 or 11 inverted residuals, a 1x1 convolution, the mean, two linear layers.
 
     5,483,032 (large) and 2,542,856 (small) parameters for 1000 classes.
@@ -60,8 +60,15 @@ class MobileNetV3(Classifier):
         classifier = nn.Sequential(
             nn.Linear(6 * channels, last), HS(), nn.Dropout(dropout), nn.Linear(last, num_classes)
         )
-        super().__init__(nn.ChainSequential(*features), classifier, partial(nn.init.normal_, std=0.01))
+        normal = partial(nn.init.normal_, std=0.01)
+        super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, normal)
 
 
 def _squeeze_excite(channels):
     return SqueezeExcite(channels, round_channels(channels // 4), nn.ReLU, nn.Hardsigmoid)
+
+
+MODELS = {
+    "mobilenet_v3_large": Entry(partial(MobileNetV3, "large"), 2019),
+    "mobilenet_v3_small": Entry(partial(MobileNetV3, "small"), 2019),
+}

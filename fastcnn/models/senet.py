@@ -3,9 +3,11 @@
 The parameter names are those of timm's seresnet50, seresnext50_32x4d and senet154, whose weights load unchanged.
 """
 
+from functools import partial
+
 from fastcnn import chain, nn
-from fastcnn.models.classifier import check_images
-from fastcnn.nn.blocks import Block, _call, _conv_norm, _in_turn, _shared
+from fastcnn.models.network import Entry, Network
+from fastcnn.nn.blocks import Block, call, conv_norm, shared
 from fastcnn.nn.mobile_blocks import SqueezeExcite
 
 REDUCTION = 16  # channels of the block by those between the two layers that make its gate
@@ -39,15 +41,15 @@ class SEBottleneck(Block):
         self.downsample = downsample
 
     def values(self, x):
-        x = _shared(x)
-        out = _call(self.act, _conv_norm(x, self.conv1, self.bn1))
-        out = _call(self.act, _conv_norm(out, self.conv2, self.bn2))
-        out = _call(self.se, _conv_norm(out, self.conv3, self.bn3))
-        shortcut = x if self.downsample is None else _call(self.downsample, x)
-        return _call(self.act, chain.add(out, shortcut))
+        x = shared(self, x)
+        out = call(self.act, conv_norm(x, self.conv1, self.bn1))
+        out = call(self.act, conv_norm(out, self.conv2, self.bn2))
+        out = call(self.se, conv_norm(out, self.conv3, self.bn3))
+        shortcut = x if self.downsample is None else call(self.downsample, x)
+        return call(self.act, chain.add(out, shortcut))
 
 
-class SENet(nn.Module):
+class SENet(Network):
     """A stem, four stages of SEBottleneck, the mean, one linear layer.
 
     28,088,024 parameters as SE-ResNet-50, 27,559,896 as SE-ResNeXt-50 (32x4d), 115,088,984 as SENet-154.
@@ -64,11 +66,15 @@ class SENet(nn.Module):
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
 
+    body = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
+    stages = ("act1", "layer1", "layer2", "layer3", "layer4")
+    heads = ("fc",)
+
     def __init__(
         self, layers, num_classes=1000, in_chans=3, cardinality=1, base_width=64, reduce_first=1, deep_stem=False,
         down_kernel_size=1, dropout=0.0,
     ):  # fmt: skip
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         channels = 128 if deep_stem else 64
         if deep_stem:
             self.conv1 = nn.Sequential(
@@ -81,7 +87,6 @@ class SENet(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.act1 = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        self.in_chans = in_chans
         for stage, count in enumerate(layers):
             planes, blocks = 64 * 2**stage, []
             outputs = planes * SEBottleneck.expansion
@@ -102,10 +107,23 @@ class SENet(nn.Module):
             elif isinstance(module, SEBottleneck):
                 nn.init.zeros_(module.bn3.weight)  # a block starts as its shortcut
 
-    def forward(self, x):
-        check_images(self, x, self.in_chans)
-        stem = self.conv1 if isinstance(self.conv1, nn.Sequential) else [self.conv1]
-        x = _in_turn([*stem, self.bn1, self.act1, self.maxpool], x)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = _call(stage, x)
+    def classify(self, x):
         return self.fc(self.dropout(chain.mean(x)))
+
+
+MODELS = {
+    "seresnet50": Entry(partial(SENet, layers=(3, 4, 6, 3)), 2018),
+    "seresnext50_32x4d": Entry(partial(SENet, layers=(3, 4, 6, 3), cardinality=32, base_width=4), 2018),
+    "senet154": Entry(
+        partial(
+            SENet,
+            layers=(3, 8, 36, 3),
+            cardinality=64,
+            base_width=4,
+            reduce_first=2,
+            deep_stem=True,
+            down_kernel_size=3,
+        ),
+        2018,
+    ),
+}

@@ -3,8 +3,8 @@
 import math
 
 from fastcnn import chain, nn
-from fastcnn.models.classifier import check_images
-from fastcnn.nn.blocks import Block, _call, _conv_norm, _shared
+from fastcnn.models.network import Entry, Network
+from fastcnn.nn.blocks import Block, call, conv_norm, shared
 
 # channels of stages 2, 3 and 4 by the groups of the 1x1 convolutions: table 1 of the paper
 WIDTHS = {
@@ -39,16 +39,16 @@ class GroupedShuffleUnit(Block):
         self.relu = nn.ReLU(inplace=True)
 
     def values(self, x):
-        x = _shared(x)
-        out = _call(self.relu, _conv_norm(x, self.conv1, self.bn1))
-        out = _conv_norm(chain.channel_shuffle(out, self.groups), self.conv2, self.bn2)
-        out = _conv_norm(out, self.conv3, self.bn3)
+        x = shared(self, x)
+        out = call(self.relu, conv_norm(x, self.conv1, self.bn1))
+        out = conv_norm(chain.channel_shuffle(out, self.groups), self.conv2, self.bn2)
+        out = conv_norm(out, self.conv3, self.bn3)
         if self.stride == 1:
-            return _call(self.relu, chain.add(out, x))
-        return _call(self.relu, chain.cat([chain.avg_pool2d(x, 3, 2, 1), out]))
+            return call(self.relu, chain.add(out, x))
+        return call(self.relu, chain.cat([chain.avg_pool2d(x, 3, 2, 1), out]))
 
 
-class ShuffleNetV1(nn.Module):
+class ShuffleNetV1(Network):
     """ShuffleNet v1: a 3x3 convolution, a max pool, 16 units in three stages, the mean, one linear layer.
 
     1,865,728 parameters with 3 groups. The first 1x1 convolution of stage 2, which has few inputs, has one group.
@@ -62,8 +62,12 @@ class ShuffleNetV1(nn.Module):
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
 
+    body = ("conv1", "maxpool", "stage2", "stage3", "stage4")
+    stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
+    heads = ("fc",)
+
     def __init__(self, num_classes=1000, in_chans=3, groups=3, width_mult=1.0):
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         if groups not in WIDTHS:
             raise ValueError(f"groups must be one of {', '.join(map(str, WIDTHS))}, got {groups!r}")
         if isinstance(width_mult, bool) or not isinstance(width_mult, (int, float)) or not 0 < width_mult < math.inf:
@@ -84,8 +88,8 @@ class ShuffleNetV1(nn.Module):
             channels = outputs
         self.fc = nn.Linear(channels, num_classes)
 
-    def forward(self, x):
-        check_images(self, x, self.conv1[0].in_channels)
-        for layer in (self.conv1, self.maxpool, self.stage2, self.stage3, self.stage4):
-            x = _call(layer, x)
+    def classify(self, x):
         return self.fc(chain.mean(x))
+
+
+MODELS = {"shufflenet_v1": Entry(ShuffleNetV1, 2018)}

@@ -3,9 +3,11 @@
 The parameter names are those of torchvision.models.shufflenet_v2_x1_0, whose weights load unchanged.
 """
 
+from functools import partial
+
 from fastcnn import chain, nn
-from fastcnn.models.classifier import check_images
-from fastcnn.nn.blocks import Block, _call, _shared
+from fastcnn.models.network import Entry, Network
+from fastcnn.nn.blocks import Block, call, shared
 
 # channels of stages 2, 3 and 4 and of the last convolution: table 5 of the paper
 WIDTHS = {
@@ -48,12 +50,12 @@ class ShuffleUnit(Block):
 
     def values(self, x):
         # depthwise convolutions want the channels in their order, and others then find them so
-        left, right = chain.chunk(x, 2) if self.stride == 1 else [_shared(x)] * 2
-        left = _call(self.branch1, left)
-        return chain.channel_shuffle([left, _call(self.branch2, right)], 2)
+        left, right = chain.chunk(x, 2) if self.stride == 1 else [shared(self, x)] * 2
+        left = call(self.branch1, left)
+        return chain.channel_shuffle([left, call(self.branch2, right)], 2)
 
 
-class ShuffleNetV2(nn.Module):
+class ShuffleNetV2(Network):
     """ShuffleNet v2: a 3x3 convolution, a max pool, 16 units in three stages, a 1x1 convolution, one linear layer.
 
     1,366,792 parameters as x0_5, 2,278,604 as x1_0, 3,503,624 as x1_5, 7,393,996 as x2_0.
@@ -66,8 +68,12 @@ class ShuffleNetV2(nn.Module):
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
 
+    body = ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5")
+    stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
+    heads = ("fc",)
+
     def __init__(self, width, num_classes=1000, in_chans=3):
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         *widths, last = WIDTHS[width]
         channels = 24
         self.conv1 = nn.ConvBNAct(in_chans, channels, 3, 2)
@@ -80,8 +86,8 @@ class ShuffleNetV2(nn.Module):
         self.conv5 = nn.ConvBNAct(channels, last, 1)
         self.fc = nn.Linear(last, num_classes)
 
-    def forward(self, x):
-        check_images(self, x, self.conv1[0].in_channels)
-        for layer in (self.conv1, self.maxpool, self.stage2, self.stage3, self.stage4, self.conv5):
-            x = _call(layer, x)
+    def classify(self, x):
         return self.fc(chain.mean(x))
+
+
+MODELS = {f"shufflenet_v2_{width}": Entry(partial(ShuffleNetV2, width), 2018) for width in WIDTHS}

@@ -7,7 +7,9 @@ A layer that the chain does not know, or that has hooks or a forward of its own,
     block(x)           tensor in, tensor out
     block.values(x)    tensor or value of the chain in, value out: the next block reads it without its being stored
 
-`ChainSequential` calls `values` of the blocks in it, so that only its last output becomes a tensor.
+A block's `values` is written with these: `shared(self, x)` for what several layers read, `conv_norm(x, conv, bn)`,
+`conv_act(x, conv, act)`, `call(module, x)` for any module, `in_turn(modules, x)`, and the functions of fastcnn.chain
+(`add`, `cat`, `mean`, ...).
 """
 
 import torch
@@ -29,10 +31,21 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
-def _is_plain(module):
+UNFUSED = "_fastcnn_unfused"
+
+
+def unfuse(model):
+    """Have the blocks of a model call their layers one by one, as PyTorch would, in place; returns the model."""
+    for module in model.modules():
+        module.__dict__[UNFUSED] = True
+    return model
+
+
+def is_plain(module):
     """Whether a call of the module runs its class's forward and nothing else, and need not be seen by torch.export."""
     return not (
-        module._forward_hooks
+        UNFUSED in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -48,16 +61,22 @@ def _is_fusible_pair(conv, bn):
         and type(bn) in _NORMS
         and conv.padding_mode == "zeros"
         and conv.out_channels == bn.num_features
-        and _is_plain(conv)
-        and _is_plain(bn)
+        and is_plain(conv)
+        and is_plain(bn)
     )
 
 
-def _conv_norm(x, conv, bn):
+def conv_norm(x, conv, bn):
     """bn(conv(x))"""
     if _is_fusible_pair(conv, bn):
         return chain.conv_batch_norm(x, conv, bn)
-    return _call(bn, _call(conv, x))
+    return call(bn, call(conv, x))
+
+
+def conv_act(x, conv, act):
+    """act(conv(x)), in training a value: whoever reads it applies the activation."""
+    x = shared(conv, call(conv, x))
+    return act(x) if isinstance(x, torch.Tensor) or not is_plain(act) else _activation(act, x)
 
 
 def _activation(module, x):
@@ -78,15 +97,15 @@ def _pooled(module, x):
     return chain.adaptive_avg_pool2d(x, module.output_size)
 
 
-def _call(module, x):
+def call(module, x):
     """module(x), where both may be values."""
     kind = type(module)
-    if not _is_plain(module):
+    if not is_plain(module):
         return module(x if isinstance(x, list) else chain.materialize(x))
     if isinstance(module, Block):
         return module.values(x)
     if kind is nn.Sequential:
-        return _in_turn(list(module), x)
+        return in_turn(list(module), x)
     if kind is nn.Identity:
         return x
     if isinstance(x, torch.Tensor) and x.dim() != 4:  # nothing for the chain to do
@@ -103,23 +122,26 @@ def _call(module, x):
     return module(chain.materialize(x))
 
 
-def _in_turn(modules, x):
-    """The modules one after the other, each convolution together with a batch norm that follows."""
+def in_turn(modules, x):
+    """The modules one after the other, each convolution together with a batch norm or an activation that follows."""
     while modules:
         if len(modules) > 1 and _is_fusible_pair(*modules[:2]):
             x = chain.conv_batch_norm(x, *modules[:2])
             modules = modules[2:]
+        elif len(modules) > 1 and type(modules[0]) in _CONVOLUTIONS and type(modules[1]) in _ACTIVATIONS:
+            x = conv_act(x, *modules[:2])
+            modules = modules[2:]
         else:
-            x = _call(modules[0], x)
+            x = call(modules[0], x)
             modules = modules[1:]
     return x
 
 
-def _shared(x):
-    """The tensor as a value, so that its readers' gradients are added where they are written."""
-    if not isinstance(x, torch.Tensor) or not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4:
+def shared(block, x):
+    """The tensor that several layers of a block read, as a value: their gradients are added where they are written."""
+    if UNFUSED in block.__dict__ or torch.compiler.is_exporting():
         return x
-    if torch.compiler.is_exporting():
+    if not isinstance(x, torch.Tensor) or not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4:
         return x
     return x if torch._C._are_functorch_transforms_active() or x.numel() == 0 else chain.Pending(x, None, None)
 
@@ -127,7 +149,7 @@ def _shared(x):
 class Block(nn.Module):
     """A module that takes and returns values of fastcnn.chain: a subclass defines `values`.
 
-    Under torch.compile a call is one graph break; torch.export sees the layers one by one.
+    Under torch.compile a call is one graph break, unless `unfuse` was called; torch.export sees the layers one by one.
     """
 
     def values(self, x):
@@ -135,7 +157,7 @@ class Block(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define values")
 
     def forward(self, x):
-        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if UNFUSED not in self.__dict__ and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _computed_uncompiled(self, x)
         return chain.materialize(self.values(x))
 
@@ -152,7 +174,7 @@ class ChainSequential(Block, nn.Sequential):
     """
 
     def values(self, x):
-        return _in_turn(list(self), x)
+        return in_turn(list(self), x)
 
 
 class ConvBNAct(ChainSequential):
@@ -218,11 +240,11 @@ class BasicBlock(Block):
         self.stride = stride
 
     def values(self, x):
-        x = _shared(x)
-        out = _call(self.relu, _conv_norm(x, self.conv1, self.bn1))
-        out = _conv_norm(out, self.conv2, self.bn2)
-        shortcut = x if self.downsample is None else _call(self.downsample, x)
-        return _call(self.relu, chain.add(out, shortcut))
+        x = shared(self, x)
+        out = call(self.relu, conv_norm(x, self.conv1, self.bn1))
+        out = conv_norm(out, self.conv2, self.bn2)
+        shortcut = x if self.downsample is None else call(self.downsample, x)
+        return call(self.relu, chain.add(out, shortcut))
 
 
 class Bottleneck(Block):
@@ -256,12 +278,12 @@ class Bottleneck(Block):
         self.stride = stride
 
     def values(self, x):
-        x = _shared(x)
-        out = _call(self.relu, _conv_norm(x, self.conv1, self.bn1))
-        out = _call(self.relu, _conv_norm(out, self.conv2, self.bn2))
-        out = _conv_norm(out, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else _call(self.downsample, x)
-        return _call(self.relu, chain.add(out, shortcut))
+        x = shared(self, x)
+        out = call(self.relu, conv_norm(x, self.conv1, self.bn1))
+        out = call(self.relu, conv_norm(out, self.conv2, self.bn2))
+        out = conv_norm(out, self.conv3, self.bn3)
+        shortcut = x if self.downsample is None else call(self.downsample, x)
+        return call(self.relu, chain.add(out, shortcut))
 
 
 class PreActBlock(Block):
@@ -290,11 +312,11 @@ class PreActBlock(Block):
 
     def values(self, x):
         # its first reader is a batch norm, which needs the tensor
-        out = _call(self.relu, _call(self.bn1, x))
-        shortcut = x if self.downsample is None else _call(self.downsample, out)
-        out = _call(self.relu, _conv_norm(out, self.conv1, self.bn2))
-        out = _call(self.conv2, out)
-        return chain.add(_shared(out), shortcut)
+        out = call(self.relu, call(self.bn1, x))
+        shortcut = x if self.downsample is None else call(self.downsample, out)
+        out = call(self.relu, conv_norm(out, self.conv1, self.bn2))
+        out = call(self.conv2, out)
+        return chain.add(shared(self, out), shortcut)
 
 
 class DenseLayer(Block):
@@ -318,9 +340,9 @@ class DenseLayer(Block):
     def values(self, x):
         """The layer's own channels for a tensor or value, or for a list of them side by side."""
         x = chain.cat(x) if isinstance(x, (list, tuple)) else x
-        out = _call(self.relu1, _call(self.norm1, x))
-        out = _call(self.relu2, _conv_norm(out, self.conv1, self.norm2))
-        return _call(self.conv2, out)
+        out = call(self.relu1, call(self.norm1, x))
+        out = call(self.relu2, conv_norm(out, self.conv1, self.norm2))
+        return call(self.conv2, out)
 
 
 class DenseBlock(Block):
@@ -345,13 +367,13 @@ class DenseBlock(Block):
             return chain.dense_block(x, [(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in layers])
         features = [chain.materialize(x)]
         for layer in layers:
-            features.append(chain.materialize(_call(layer, features)))
+            features.append(chain.materialize(call(layer, features)))
         return chain.cat(features)
 
 
 def _is_known_dense_layer(layer):
     parts = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-    if type(layer) is not DenseLayer or not all(_is_plain(m) for m in (layer, *map(layer.get_submodule, parts))):
+    if type(layer) is not DenseLayer or not all(is_plain(m) for m in (layer, *map(layer.get_submodule, parts))):
         return False
     kinds = [type(layer.get_submodule(name)) for name in parts]
     relus = {nn.ReLU, ReLU}

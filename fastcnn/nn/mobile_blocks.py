@@ -8,7 +8,7 @@ from torch import nn
 
 from fastcnn import chain
 from fastcnn.nn.activation import Hardswish, ReLU, ReLU6, Sigmoid, SiLU
-from fastcnn.nn.blocks import Block, ConvBNAct, _call, _conv_norm, _is_plain, _shared
+from fastcnn.nn.blocks import Block, ConvBNAct, call, conv_norm, is_plain, shared
 from fastcnn.nn.dropout import StochasticDepth
 from fastcnn.nn.pooling import AdaptiveAvgPool2d
 
@@ -43,10 +43,10 @@ class SqueezeExcite(Block):
     def values(self, x):
         kind, gate_kind = _SQUEEZED.get(type(self.activation)), _GATES.get(type(self.scale_activation))
         pools = type(self.avgpool) in (nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d)
-        if kind and gate_kind and pools and all(_is_plain(layer) for layer in self.children()):
+        if kind and gate_kind and pools and all(is_plain(layer) for layer in self.children()):
             return chain.squeeze_excite(x, self.fc1, self.fc2, kind, gate_kind)
-        x = _shared(x)
-        gate = _call(self.avgpool, x)
+        x = shared(self, x)
+        gate = call(self.avgpool, x)
         for layer in (self.fc1, self.activation, self.fc2, self.scale_activation):
             gate = layer(gate)
         return chain.multiply(x, gate)
@@ -54,7 +54,7 @@ class SqueezeExcite(Block):
 
 def _dropped(module, x):
     """Stochastic depth of a branch; drawn as torchvision and timm draw it."""
-    if type(module) is not StochasticDepth or module.mode != "row" or not _is_plain(module):
+    if type(module) is not StochasticDepth or module.mode != "row" or not is_plain(module):
         return module(chain.materialize(x))
     if not module.training or module.p == 0:
         return x
@@ -79,8 +79,8 @@ class DepthwiseSeparable(Block):
         self.act = activation_layer()
 
     def values(self, x):
-        x = _call(self.act, _conv_norm(x, self.conv_dw, self.bn1))
-        return _call(self.act, _conv_norm(x, self.conv_pw, self.bn2))
+        x = call(self.act, conv_norm(x, self.conv_dw, self.bn1))
+        return call(self.act, conv_norm(x, self.conv_pw, self.bn2))
 
 
 class InvertedResidual(Block):
@@ -113,9 +113,9 @@ class InvertedResidual(Block):
 
     def values(self, x):
         if not self.use_res_connect:
-            return _call(self.conv, x)
-        x = _shared(x)
-        return chain.add(_call(self.conv, x), x)
+            return call(self.conv, x)
+        x = shared(self, x)
+        return chain.add(call(self.conv, x), x)
 
 
 class MBConv(Block):
@@ -153,6 +153,6 @@ class MBConv(Block):
 
     def values(self, x):
         if not self.use_res_connect:
-            return _call(self.block, x)
-        x = _shared(x)
-        return chain.add(_dropped(self.stochastic_depth, _call(self.block, x)), x)
+            return call(self.block, x)
+        x = shared(self, x)
+        return chain.add(_dropped(self.stochastic_depth, call(self.block, x)), x)

@@ -1,0 +1,5 @@
+"""Files of weights, of torch.save or safetensors."""
+
+
+def load(model, path):
+    raise NotImplementedError
