@@ -37,6 +37,12 @@ CASES = {
         lambda norm: ours.PreActBlock(4, 6, 2, nn.Conv2d(4, 6, 1, 2, bias=False), norm_layer=norm), 4
     ),
     "dense": (lambda norm: ours.DenseBlock(2, 6, 2, 3), 6),
+    "no batch norm": (
+        lambda norm: ours.ChainSequential(
+            nn.Conv2d(5, 8, 3, 2, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, groups=2, padding=1), nn.SiLU(),
+            nn.MaxPool2d(2), nn.Conv2d(8, 4, 1), nn.Hardswish(),
+        ), 5
+    ),
 }  # fmt: skip
 
 
@@ -97,7 +103,8 @@ def evaluated(model):
 
 
 def first_norm_frozen(model):
-    norms(model)[0].eval()
+    for norm in norms(model)[:1]:
+        norm.eval()
 
 
 def without_gradients(model):
@@ -155,7 +162,9 @@ def test_blocks_are_their_layers(case, mode):
     torch.testing.assert_close(block.state_dict(), stock.block.state_dict())
 
 
-@pytest.mark.parametrize("case", ["conv", "basic, downsampling", "bottleneck", "pre-activation", "dense"])
+@pytest.mark.parametrize(
+    "case", ["conv", "basic, downsampling", "bottleneck", "pre-activation", "dense", "no batch norm"]
+)
 def test_blocks_in_fp32(lane, case):
     make, channels = CASES[case]
     block = hostile(make(nn.BatchNorm2d)).to(lane.device)
