@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from converted_nets import Block, Net, assert_same, conv_bn, converted, image, run
+from test_chain_bytes import saved_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastcnn
 from fastcnn import nn as ours
+from fastcnn.models import create_model
 
 FLAG = False
 
@@ -288,6 +290,17 @@ def test_filter_ops_and_strict():
         fastcnn.convert(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), strict=True)
     with pytest.raises(NotImplementedError, match="0 .Conv2d.: fastcnn.nn.Conv2d; not fused: no forward that was"):
         fastcnn.convert(nn.ModuleList([nn.Conv2d(4, 4, 1)]), strict=True)
+
+
+def test_a_network_made_layer_by_layer_is_fused_until_it_is_reverted():
+    model = create_model("mobilenet_v2", num_classes=3, width_mult=0.25, fused=False)
+    images = torch.randn(2, 3, 64, 64)
+    apart = saved_bytes(model, images)
+    fastcnn.convert(model)
+    assert saved_bytes(model, images) <= 0.5 * apart
+    assert saved_bytes(fastcnn.revert(model), images) == apart
+    fastcnn.convert(model, fuse=False)
+    assert saved_bytes(model, images) > 0.8 * apart
 
 
 def test_mistakes_are_named():

@@ -12,7 +12,7 @@ from fastcnn.conversion.layers import OP_OF, OPS, OURS, op_of
 from fastcnn.conversion.report import Report, Row
 from fastcnn.conversion.verify import verify
 from fastcnn.names import check_name
-from fastcnn.nn.blocks import Block
+from fastcnn.nn.blocks import UNFUSED, Block
 
 __all__ = ["convert", "revert", "verify"]
 
@@ -65,6 +65,9 @@ def convert(model, *, ops="auto", fuse=True, filter_fn=None, strict=False):
     for name, module in named:
         rows[name] = _swap(module, name, name not in excluded, ops)
     if fuse:
+        for name, module in named:
+            if UNFUSED in vars(module) and name not in excluded:
+                vars(module)[UNFUSED] = False
         _fuse(model, named, rows, ops, excluded)
     report = Report([row for row in rows.values() if row is not None])
     if strict:
@@ -150,6 +153,8 @@ def revert(model):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
+        if UNFUSED in vars(module):
+            vars(module)[UNFUSED] = True
         if vars(module).pop("_fastcnn_unit", None) is not None:
             _put_back_class(module, getattr(type(module), "_fastcnn_original", type(module)))
         if vars(module).pop(SWAPPED, None) is not None:

@@ -168,7 +168,7 @@ def _head_like(old, num_classes, before):
         new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, **options)
     else:
         new = nn.Linear(old.in_features, num_classes, **options)
-    return unfuse(new) if UNFUSED in old.__dict__ else new
+    return unfuse(new) if old.__dict__.get(UNFUSED) else new
 
 
 def he_normal(model):

@@ -31,6 +31,7 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
+# in a module: true if it was asked to run by itself; false once `fastcnn.convert` has fused it after all
 UNFUSED = "_fastcnn_unfused"
 
 
@@ -44,7 +45,7 @@ def unfuse(model):
 def is_plain(module):
     """Whether a call of the module runs its class's forward and nothing else, and need not be seen by torch.export."""
     return not (
-        UNFUSED in module.__dict__
+        module.__dict__.get(UNFUSED)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -139,7 +140,7 @@ def in_turn(modules, x):
 
 def shared(block, x):
     """The tensor that several layers of a block read, as a value: their gradients are added where they are written."""
-    if UNFUSED in block.__dict__ or torch.compiler.is_exporting():
+    if block.__dict__.get(UNFUSED) or torch.compiler.is_exporting():
         return x
     if not isinstance(x, torch.Tensor) or not torch.is_grad_enabled() or not x.requires_grad or x.dim() != 4:
         return x
@@ -157,7 +158,7 @@ class Block(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not define values")
 
     def forward(self, x):
-        if UNFUSED not in self.__dict__ and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        if not self.__dict__.get(UNFUSED) and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return _computed_uncompiled(self, x)
         return chain.materialize(self.values(x))
 
