@@ -28,6 +28,17 @@ class Row:
 
 ROWS = [
     Row("lenet5", 61_706, size=32, small={}),
+    Row("resnet18", 11_689_512, "torchvision:resnet18", small={"layers": (1, 1, 1, 1)}),
+    Row("resnet34", 21_797_672, "torchvision:resnet34"),
+    Row("resnet50", 25_557_032, "torchvision:resnet50"),
+    Row("resnet101", 44_549_160, "torchvision:resnet101"),
+    Row("resnet152", 60_192_808, "torchvision:resnet152"),
+    Row("resnet200", 64_673_832, "timm:resnet200"),
+    Row("resnext50_32x4d", 25_028_904, "torchvision:resnext50_32x4d", small={"layers": (1, 1, 1, 1)}),
+    Row("resnext101_32x8d", 88_791_336, "torchvision:resnext101_32x8d"),
+    Row("resnext101_64x4d", 83_455_272, "torchvision:resnext101_64x4d"),
+    Row("wide_resnet50_2", 68_883_240, "torchvision:wide_resnet50_2"),
+    Row("wide_resnet101_2", 126_886_696, "torchvision:wide_resnet101_2"),
     Row("mobilenet_v1", 4_231_976, "timm:mobilenetv1_100", small={"width_mult": 0.25}),
     Row("mobilenet_v2", 3_504_872, "torchvision:mobilenet_v2", small={"width_mult": 0.25}),
     Row("mobilenet_v3_large", 5_483_032, "torchvision:mobilenet_v3_large"),
@@ -48,4 +59,15 @@ ROWS = [
     Row("seresnet50", 28_088_024, "timm:seresnet50", small={"layers": (1, 1, 1, 1)}),
     Row("seresnext50_32x4d", 27_559_896, "timm:seresnext50_32x4d"),
     Row("senet154", 115_088_984, "timm:senet154"),
+    Row(
+        "densenet121", 7_978_856, "torchvision:densenet121",
+        small={"block_config": (2, 1, 1), "growth_rate": 8, "num_init_features": 16},
+    ),
+    Row("densenet161", 28_681_000, "torchvision:densenet161"),
+    Row("densenet169", 14_149_480, "torchvision:densenet169"),
+    Row("densenet201", 20_013_928, "torchvision:densenet201"),
+    Row("densenet40_12_cifar", 1_019_722, size=32, small={"block_config": (1, 2, 1)}),
+    Row("densenet_bc100_12_cifar", 769_162, size=32),
+    Row("densenet_bc190_40_cifar", 25_624_430, size=32),
+    Row("densenet_bc250_24_cifar", 15_324_406, size=32),
 ]
