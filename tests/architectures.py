@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 
 @dataclass(frozen=True)
 class Row:
@@ -26,6 +28,12 @@ class Row:
     lr: float = 1e-3
 
 
+# kernel, expanded channels, outputs, squeeze-excite, activation, stride; every kind of block of MobileNet v3
+V3_BLOCKS = (
+    (3, 16, 16, True, nn.ReLU, 2), (3, 32, 16, False, nn.ReLU, 1), (5, 40, 24, True, nn.Hardswish, 2),
+    (5, 64, 24, True, nn.Hardswish, 1),
+)  # fmt: skip
+
 ROWS = [
     Row("lenet5", 61_706, size=32, small={}),
     Row("resnet18", 11_689_512, "torchvision:resnet18", small={"layers": (1, 1, 1, 1)}),
@@ -39,11 +47,12 @@ ROWS = [
     Row("resnext101_64x4d", 83_455_272, "torchvision:resnext101_64x4d"),
     Row("wide_resnet50_2", 68_883_240, "torchvision:wide_resnet50_2"),
     Row("wide_resnet101_2", 126_886_696, "torchvision:wide_resnet101_2"),
-    Row("mobilenet_v1", 4_231_976, "timm:mobilenetv1_100", small={"width_mult": 0.25}),
-    Row("mobilenet_v2", 3_504_872, "torchvision:mobilenet_v2", small={"width_mult": 0.25}),
+    Row("googlenet", 13_004_888, "torchvision:googlenet", small={"widths": (((16, 8, 16, 8, 8, 8),),) * 3}),
+    Row("mobilenet_v1", 4_231_976, "timm:mobilenetv1_100", small={"width_mult": 0.25, "layers": (1,) * 5}),
+    Row("mobilenet_v2", 3_504_872, "torchvision:mobilenet_v2", small={"width_mult": 0.25, "layers": (1,) * 7}),
     Row("mobilenet_v3_large", 5_483_032, "torchvision:mobilenet_v3_large"),
-    Row("mobilenet_v3_small", 2_542_856, "torchvision:mobilenet_v3_small", small={"width_mult": 0.5}),
-    Row("efficientnet_b0", 5_288_548, "torchvision:efficientnet_b0", small={}),
+    Row("mobilenet_v3_small", 2_542_856, "torchvision:mobilenet_v3_small", small={"blocks": V3_BLOCKS, "last": 64}),
+    Row("efficientnet_b0", 5_288_548, "torchvision:efficientnet_b0", small={"width_mult": 0.25, "depth_mult": 0.1}),
     Row("efficientnet_b1", 7_794_184, "torchvision:efficientnet_b1"),
     Row("efficientnet_b2", 9_109_994, "torchvision:efficientnet_b2"),
     Row("efficientnet_b3", 12_233_232, "torchvision:efficientnet_b3"),
@@ -51,13 +60,16 @@ ROWS = [
     Row("efficientnet_b5", 30_389_784, "torchvision:efficientnet_b5"),
     Row("efficientnet_b6", 43_040_704, "torchvision:efficientnet_b6"),
     Row("efficientnet_b7", 66_347_960, "torchvision:efficientnet_b7"),
-    Row("shufflenet_v1", 1_865_728, small={}),
-    Row("shufflenet_v2_x0_5", 1_366_792, "torchvision:shufflenet_v2_x0_5", small={}),
+    Row("shufflenet_v1", 1_865_728, small={"layers": (1, 2, 1), "width_mult": 0.5}),
+    Row("shufflenet_v2_x0_5", 1_366_792, "torchvision:shufflenet_v2_x0_5", small={"layers": (1, 2, 1)}),
     Row("shufflenet_v2_x1_0", 2_278_604, "torchvision:shufflenet_v2_x1_0"),
     Row("shufflenet_v2_x1_5", 3_503_624, "torchvision:shufflenet_v2_x1_5"),
     Row("shufflenet_v2_x2_0", 7_393_996, "torchvision:shufflenet_v2_x2_0"),
-    Row("seresnet50", 28_088_024, "timm:seresnet50", small={"layers": (1, 1, 1, 1)}),
+    Row("seresnet50", 28_088_024, "timm:seresnet50", small={"layers": (1, 1, 1, 1), "base_width": 16}),
+    Row("seresnet101", 49_326_872, "timm:seresnet101"),
+    Row("seresnet152", 66_821_848, "timm:seresnet152"),
     Row("seresnext50_32x4d", 27_559_896, "timm:seresnext50_32x4d"),
+    Row("seresnext101_32x4d", 48_955_416, "timm:seresnext101_32x4d"),
     Row("senet154", 115_088_984, "timm:senet154"),
     Row(
         "densenet121", 7_978_856, "torchvision:densenet121",

@@ -18,6 +18,7 @@ from torch import nn
 from fastcnn import chain
 from fastcnn.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh
 from fastcnn.nn.conv import Conv2d
+from fastcnn.nn.dropout import Dropout
 from fastcnn.nn.norms import BatchNorm2d, SyncBatchNorm
 from fastcnn.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
@@ -67,10 +68,10 @@ def _is_fusible_pair(conv, bn):
     )
 
 
-def conv_norm(x, conv, bn):
-    """bn(conv(x))"""
+def conv_norm(x, conv, bn, out=None):
+    """bn(conv(x)); the chain's convolution writes into the fastcnn.ops.concatenate.Slot `out`."""
     if _is_fusible_pair(conv, bn):
-        return chain.conv_batch_norm(x, conv, bn)
+        return chain.conv_batch_norm(x, conv, bn, out)
     return call(bn, call(conv, x))
 
 
@@ -98,13 +99,13 @@ def _pooled(module, x):
     return chain.adaptive_avg_pool2d(x, module.output_size)
 
 
-def call(module, x):
-    """module(x), where both may be values."""
+def call(module, x, *more):
+    """module(x), where both may be values; a block gets what else it takes, too."""
     kind = type(module)
     if not is_plain(module):
-        return module(x if isinstance(x, list) else chain.materialize(x))
+        return module(*(v if isinstance(v, list) else chain.materialize(v) for v in (x, *more)))
     if isinstance(module, Block):
-        return module.values(x)
+        return module.values(x, *more)
     if kind is nn.Sequential:
         return in_turn(list(module), x)
     if kind is nn.Identity:
@@ -154,18 +155,18 @@ class Block(nn.Module):
     """
 
     def values(self, x):
-        """The output for a tensor or value, as a value or tensor."""
+        """The output for a tensor or value (some blocks take more than one), as a value or tensor."""
         raise NotImplementedError(f"{type(self).__name__} does not define values")
 
-    def forward(self, x):
+    def forward(self, *inputs):
         if not self.__dict__.get(UNFUSED) and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return _computed_uncompiled(self, x)
-        return chain.materialize(self.values(x))
+            return _computed_uncompiled(self, *inputs)
+        return chain.materialize(self.values(*inputs))
 
 
 @torch._disable_dynamo
-def _computed_uncompiled(block, x):
-    return chain.materialize(block.values(x))
+def _computed_uncompiled(block, *inputs):
+    return chain.materialize(block.values(*inputs))
 
 
 class ChainSequential(Block, nn.Sequential):
@@ -296,17 +297,20 @@ class PreActBlock(Block):
         downsample: module on the shortcut, None for the input itself. It reads what the first convolution reads, the
             activation, as the paper has it for the first block of a stage.
         norm_layer: makes a batch norm of so many channels; None for torch.nn.BatchNorm2d.
+        dropout: probability of dropping what the second convolution reads, as in wide residual networks (Zagoruyko and
+            Komodakis 2016).
     """
 
     expansion = 1
 
-    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer=None):
+    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer=None, dropout=0.0):
         super().__init__()
         norm_layer = norm_layer or nn.BatchNorm2d
         self.bn1 = norm_layer(inplanes)
         self.relu = nn.ReLU(inplace=True)
         self.conv1 = _conv(inplanes, planes, 3, stride)
         self.bn2 = norm_layer(planes)
+        self.dropout = nn.Identity() if dropout == 0 else Dropout(dropout)
         self.conv2 = _conv(planes, planes, 3)
         self.downsample = downsample
         self.stride = stride
@@ -316,7 +320,41 @@ class PreActBlock(Block):
         out = call(self.relu, call(self.bn1, x))
         shortcut = x if self.downsample is None else call(self.downsample, out)
         out = call(self.relu, conv_norm(out, self.conv1, self.bn2))
-        out = call(self.conv2, out)
+        out = call(self.conv2, call(self.dropout, out))
+        return chain.add(shared(self, out), shortcut)
+
+
+class PreActBottleneck(Block):
+    """Batch norm and ReLU before each of a 1x1, a 3x3 and a 1x1 convolution, a shortcut around all; timm's keys.
+
+    The stride is in the 3x3 convolution. Source: He et al. 2016b, which has it in the first 1x1.
+
+    Args:
+        inplanes: input channels. planes: a quarter of the output's.
+        stride, downsample, norm_layer: as of PreActBlock.
+    """
+
+    expansion = 4
+
+    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer=None):
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        self.downsample = downsample
+        self.norm1 = norm_layer(inplanes)
+        self.conv1 = _conv(inplanes, planes, 1)
+        self.norm2 = norm_layer(planes)
+        self.conv2 = _conv(planes, planes, 3, stride)
+        self.norm3 = norm_layer(planes)
+        self.conv3 = _conv(planes, planes * self.expansion, 1)
+        self.relu = nn.ReLU(inplace=True)
+        self.stride = stride
+
+    def values(self, x):
+        out = call(self.relu, call(self.norm1, x))
+        shortcut = x if self.downsample is None else call(self.downsample, out)
+        out = call(self.relu, conv_norm(out, self.conv1, self.norm2))
+        out = call(self.relu, conv_norm(out, self.conv2, self.norm3))
+        out = call(self.conv3, out)
         return chain.add(shared(self, out), shortcut)
 
 
@@ -327,9 +365,10 @@ class DenseLayer(Block):
         num_input_features: input channels.
         growth_rate: output channels.
         bn_size: the 1x1 convolution has bn_size * growth_rate outputs.
+        drop_rate: probability that training drops a number of the output.
     """
 
-    def __init__(self, num_input_features, growth_rate, bn_size=4):
+    def __init__(self, num_input_features, growth_rate, bn_size=4, drop_rate=0.0):
         super().__init__()
         self.norm1 = nn.BatchNorm2d(num_input_features)
         self.relu1 = nn.ReLU(inplace=True)
@@ -337,13 +376,36 @@ class DenseLayer(Block):
         self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
         self.relu2 = nn.ReLU(inplace=True)
         self.conv2 = _conv(bn_size * growth_rate, growth_rate, 3)
+        self.dropout = Dropout(drop_rate)
 
     def values(self, x):
         """The layer's own channels for a tensor or value, or for a list of them side by side."""
         x = chain.cat(x) if isinstance(x, (list, tuple)) else x
         out = call(self.relu1, call(self.norm1, x))
         out = call(self.relu2, conv_norm(out, self.conv1, self.norm2))
-        return call(self.conv2, out)
+        return call(self.dropout, call(self.conv2, out))
+
+
+class DenseLayerWithoutBottleneck(Block):
+    """Batch norm, ReLU and 3x3: the dense layer before the paper puts a 1x1 convolution into it.
+
+    Args:
+        num_input_features: input channels.
+        growth_rate: output channels.
+        drop_rate: probability that training drops a number of the output.
+    """
+
+    def __init__(self, num_input_features, growth_rate, drop_rate=0.0):
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(num_input_features)
+        self.relu1 = nn.ReLU(inplace=True)
+        self.conv1 = _conv(num_input_features, growth_rate, 3)
+        self.dropout = Dropout(drop_rate)
+
+    def values(self, x):
+        """The layer's own channels for a tensor or value, or for a list of them side by side."""
+        x = chain.cat(x) if isinstance(x, (list, tuple)) else x
+        return call(self.dropout, call(self.conv1, call(self.relu1, call(self.norm1, x))))
 
 
 class DenseBlock(Block):
@@ -351,15 +413,20 @@ class DenseBlock(Block):
 
     Args:
         num_layers: how many.
-        num_input_features, bn_size, growth_rate: as of DenseLayer; every layer has growth_rate more inputs.
+        num_input_features, growth_rate, drop_rate: as of DenseLayer; every layer has growth_rate more inputs.
+        bn_size: as of DenseLayer; None for layers without the 1x1 convolution.
 
     Returns of a call: input and all layers' outputs along the channels.
     """
 
-    def __init__(self, num_layers, num_input_features, bn_size, growth_rate):
+    def __init__(self, num_layers, num_input_features, bn_size, growth_rate, drop_rate=0.0):
         super().__init__()
         for i in range(num_layers):
-            layer = DenseLayer(num_input_features + i * growth_rate, growth_rate, bn_size)
+            inputs = num_input_features + i * growth_rate
+            if bn_size is None:
+                layer = DenseLayerWithoutBottleneck(inputs, growth_rate, drop_rate)
+            else:
+                layer = DenseLayer(inputs, growth_rate, bn_size, drop_rate)
             self.add_module(f"denselayer{i + 1}", layer)
 
     def values(self, x):
@@ -374,7 +441,9 @@ class DenseBlock(Block):
 
 def _is_known_dense_layer(layer):
     parts = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-    if type(layer) is not DenseLayer or not all(is_plain(m) for m in (layer, *map(layer.get_submodule, parts))):
+    if type(layer) is not DenseLayer or not all(is_plain(m) for m in (layer, *layer.children())):
+        return False
+    if type(layer.dropout) not in (nn.Dropout, Dropout) or (layer.dropout.training and layer.dropout.p > 0):
         return False
     kinds = [type(layer.get_submodule(name)) for name in parts]
     relus = {nn.ReLU, ReLU}
