@@ -18,6 +18,7 @@ class Row:
         small: options that make it small, for the tests of what every family can (train, convert, compile, export, give
             features); None where another row stands for the family. {} if it is small enough.
         lr: learning rate with which it learns the synthetic images.
+        whole: height and width of the images for the whole network, where they must be larger than for the small one.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Row:
     size: int = 64
     small: dict | None = None
     lr: float = 1e-3
+    whole: int | None = None
 
 
 # kernel, expanded channels, outputs, squeeze-excite, activation, stride; every kind of block of MobileNet v3
@@ -35,7 +37,24 @@ V3_BLOCKS = (
 )  # fmt: skip
 
 ROWS = [
+    Row("mlp", 397_510, size=28, small={}),
     Row("lenet5", 61_706, size=32, small={}),
+    Row("alexnet", 61_100_840, "torchvision:alexnet", small={"width_mult": 0.125}),
+    Row("alexnet_lrn", 62_378_344, size=67),
+    Row("alexnet_towers", 60_965_224, size=67, small={"width_mult": 0.125}),
+    Row("zfnet", 107_627_624, small={"width_mult": 0.125}),
+    Row("vgg11", 132_863_336, "torchvision:vgg11", small={"width_mult": 0.125}),
+    Row("vgg13", 133_047_848, "torchvision:vgg13"),
+    Row("vgg16", 138_357_544, "torchvision:vgg16"),
+    Row("vgg19", 143_667_240, "torchvision:vgg19"),
+    Row("vgg11_bn", 132_868_840, "torchvision:vgg11_bn", small={"width_mult": 0.125}),
+    Row("vgg13_bn", 133_053_736, "torchvision:vgg13_bn"),
+    Row("vgg16_bn", 138_365_992, "torchvision:vgg16_bn"),
+    Row("vgg19_bn", 143_678_248, "torchvision:vgg19_bn"),
+    Row("nin", 7_595_176),
+    Row("nin_cifar", 966_986, size=16, small={}),
+    Row("squeezenet1_0", 1_248_424, "torchvision:squeezenet1_0"),
+    Row("squeezenet1_1", 1_235_496, "torchvision:squeezenet1_1", small={}),
     Row("resnet18", 11_689_512, "torchvision:resnet18", small={"layers": (1, 1, 1, 1)}),
     Row("resnet34", 21_797_672, "torchvision:resnet34"),
     Row("resnet50", 25_557_032, "torchvision:resnet50"),
@@ -48,6 +67,9 @@ ROWS = [
     Row("wide_resnet50_2", 68_883_240, "torchvision:wide_resnet50_2"),
     Row("wide_resnet101_2", 126_886_696, "torchvision:wide_resnet101_2"),
     Row("googlenet", 13_004_888, "torchvision:googlenet", small={"widths": (((16, 8, 16, 8, 8, 8),),) * 3}),
+    Row("inception_v3", 27_161_264, "torchvision:inception_v3", 107, {"layers": (1, 1, 1), "aux_logits": False}, whole=299),
+    Row("inception_v4", 42_679_816, "timm:inception_v4", 107, {"layers": (1, 1, 1)}),
+    Row("inception_resnet_v2", 55_843_464, "timm:inception_resnet_v2", 107, {"layers": (1, 1, 1)}),
     Row("mobilenet_v1", 4_231_976, "timm:mobilenetv1_100", small={"width_mult": 0.25, "layers": (1,) * 5}),
     Row("mobilenet_v2", 3_504_872, "torchvision:mobilenet_v2", small={"width_mult": 0.25, "layers": (1,) * 7}),
     Row("mobilenet_v3_large", 5_483_032, "torchvision:mobilenet_v3_large"),
@@ -82,4 +104,6 @@ ROWS = [
     Row("densenet_bc100_12_cifar", 769_162, size=32),
     Row("densenet_bc190_40_cifar", 25_624_430, size=32),
     Row("densenet_bc250_24_cifar", 15_324_406, size=32),
+    Row("fractalnet20_cifar", 33_724_618, size=16, small={"channels": (8, 12), "dropout": (0.0, 0.0)}),
+    Row("fractalnet40_cifar", 19_040_714, size=32),
 ]

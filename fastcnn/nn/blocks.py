@@ -108,7 +108,7 @@ def call(module, x, *more):
         return module.values(x, *more)
     if kind is nn.Sequential:
         return in_turn(list(module), x)
-    if kind is nn.Identity:
+    if kind is nn.Identity or (kind in (nn.Dropout, Dropout) and not (module.training and module.p > 0)):
         return x
     if isinstance(x, torch.Tensor) and x.dim() != 4:  # nothing for the chain to do
         return module(x)
