@@ -25,6 +25,13 @@ class LeNet5(Network):
     sees only a chosen subset of the maps of S2, the activation is 1.7159 tanh(2x/3), and the output layer measures
     distances to fixed codes (RBF) instead of giving logits.
 
+    The decks: about 60 000 parameters (against the 397 510 of an MLP), 5x5 filters at stride 1, subsampling 2x2 at
+    stride 2, CONV-POOL-CONV-POOL-FC-FC, "7 layers (5 excluding subsampling)" of which C1, C3 and C5 convolve.
+
+        >>> model = create_model("lenet5", activation="tanh", pool="avg")
+        >>> sum(p.numel() for p in model.parameters()), model(torch.zeros(2, 1, 32, 32)).shape
+        (61706, torch.Size([2, 10]))
+
     Args:
         num_classes: number of outputs.
         in_chans: channels of the images.

@@ -44,7 +44,7 @@ class Network(Block):
     """
 
     body = ()
-    stages = ()
+    feature_stages = None  # in place of stages, where those were chosen from or modules have that name
     heads = ()
     min_size = 1
     features_only = False
@@ -57,8 +57,12 @@ class Network(Block):
     def values(self, x):
         self.check_images(x)
         if self.features_only:
-            return list(self.run(x, self.stages)[1].values())
+            return list(self.run(x, self.stage_names())[1].values())
         return self.classify(self.run(x)[0])
+
+    def stage_names(self):
+        """Names of the modules whose outputs are the features."""
+        return self.stages if self.feature_stages is None else self.feature_stages
 
     def check_images(self, x):
         """Raise ValueError unless x is [N, in_chans, H, W], large enough."""
@@ -81,6 +85,10 @@ class Network(Block):
     def classify(self, x):
         """Logits [N, num_classes] of the last feature map."""
         raise NotImplementedError(f"{type(self).__name__} does not define classify")
+
+    def names_elsewhere(self):
+        """{a layer's name in another library's form of the very same network: its name here}, for weights.load."""
+        return {}
 
     def get_classifier(self):
         """The layer that makes the logits."""
@@ -109,16 +117,15 @@ class Network(Block):
         Returns:
             the network.
         """
-        chosen = range(len(self.stages)) if out_indices is None else sorted(out_indices)
+        stages = self.stage_names()
+        chosen = range(len(stages)) if out_indices is None else sorted(out_indices)
         for index in chosen:
-            if index not in range(len(self.stages)):
-                raise ValueError(
-                    f"out_indices must be of 0 to {len(self.stages) - 1} ({', '.join(self.stages)}), got {index!r}"
-                )
+            if index not in range(len(stages)):
+                raise ValueError(f"out_indices must be of 0 to {len(stages) - 1} ({', '.join(stages)}), got {index!r}")
         if not chosen:
             raise ValueError("out_indices must name at least one stage")
-        self.stages = tuple(self.stages[index] for index in chosen)
-        self.body = self.drop_after(self.stages[-1])
+        self.feature_stages = tuple(stages[index] for index in chosen)
+        self.body = self.drop_after(self.feature_stages[-1])
         self.heads = ()
         self.features_only = True
         return self
@@ -142,7 +149,7 @@ class Network(Block):
         model = copy.deepcopy(self).to("meta").eval()
         with torch.no_grad():
             images = torch.empty(1, self.in_chans, image_size, image_size, device="meta")
-            tapped = model.run(images, self.stages)[1]
+            tapped = model.run(images, self.stage_names())[1]
         return [
             {"module": name, "num_chs": x.shape[1], "reduction": 2 ** round(math.log2(image_size / x.shape[2]))}
             for name, x in tapped.items()
@@ -181,14 +188,31 @@ def he_normal(model):
             nn.init.zeros_(module.bias)
 
 
+def check_multiplier(name, value):
+    """Raise ValueError unless the argument `name` is a positive number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
+def check_layers(layers, stages):
+    """Raise ValueError unless layers are as many positive ints as there are stages."""
+    counts = layers if isinstance(layers, (tuple, list)) else ()
+    if len(counts) != stages or not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"layers must be {stages} positive ints, blocks of each stage, got {layers!r}")
+
+
+def last_of_each_size(strides):
+    """Indices of the modules, of these strides and run in turn, whose outputs are the last of their size."""
+    return [i for i in range(len(strides)) if i + 1 == len(strides) or strides[i + 1] > 1]
+
+
 def round_channels(channels, width_mult=1.0, divisor=8):
     """channels * width_mult as a multiple of divisor, no less than nine tenths of it.
 
     Raises:
         ValueError: width_mult is no positive number.
     """
-    if isinstance(width_mult, bool) or not isinstance(width_mult, (int, float)) or not 0 < width_mult < math.inf:
-        raise ValueError(f"width_mult must be a positive number, got {width_mult!r}")
+    check_multiplier("width_mult", width_mult)
     wanted = channels * width_mult
     rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * wanted else rounded
@@ -218,3 +242,21 @@ class MobileNetwork(Network):
 
     def classify(self, x):
         return self.classifier(chain.mean(x))
+
+    def names_in_timm(self, layers, squeezed):
+        """names_elsewhere, for timm's form of a network whose first stage alone lacks the first 1x1 convolutions.
+
+        Args:
+            layers: blocks of each stage.
+            squeezed: whether they have squeeze-excite.
+        """
+        gate = ("se.conv_reduce", "se.conv_expand") if squeezed else ()
+        first = ("conv_dw", "bn1", *gate, "conv_pw", "bn2")
+        later = ("conv_pw", "bn1", "conv_dw", "bn2", *gate, "conv_pwl", "bn3")
+        theirs = ["conv_stem", "bn1"]
+        for stage, count in enumerate(layers):
+            theirs += [f"blocks.{stage}.{i}.{name}" for i in range(count) for name in (later if stage else first)]
+        theirs += ["conv_head", "bn2"]
+        kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
+        ours = [name for name, module in self.named_modules() if isinstance(module, kinds)]
+        return dict(zip(theirs, ours, strict=True)) | {"classifier": self.heads[0]}

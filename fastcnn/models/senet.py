@@ -1,12 +1,12 @@
-"""SE-ResNet-50, SE-ResNeXt-50 and SENet-154 (Hu, Shen, Albanie, Sun and Wu: Squeeze-and-excitation networks, 2018).
+"""SE-ResNet, SE-ResNeXt and SENet-154 (Hu, Shen, Albanie, Sun and Wu: Squeeze-and-excitation networks, 2018).
 
-The parameter names are those of timm's seresnet50, seresnext50_32x4d and senet154, whose weights load unchanged.
+The parameter names are those of timm's networks of the same names, whose weights load unchanged.
 """
 
 from functools import partial
 
 from fastcnn import chain, nn
-from fastcnn.models.network import Entry, Network
+from fastcnn.models.network import Entry, Network, check_layers
 from fastcnn.nn.blocks import Block, call, conv_norm, shared
 from fastcnn.nn.mobile_blocks import SqueezeExcite
 
@@ -52,12 +52,31 @@ class SEBottleneck(Block):
 class SENet(Network):
     """A stem, four stages of SEBottleneck, the mean, one linear layer.
 
-    28,088,024 parameters as SE-ResNet-50, 27,559,896 as SE-ResNeXt-50 (32x4d), 115,088,984 as SENet-154.
+        conv1      7x7, /2                    64x112x112
+        maxpool    3x3, /2                    64x56x56
+        layer1     3 blocks                  256x56x56
+        layer2     4 blocks, /2              512x28x28
+        layer3     6 blocks, /2             1024x14x14
+        layer4     3 blocks, /2             2048x7x7
+        fc         mean, fc                 1000
+
+    The table is of SE-ResNet-50, with 28,088,024 parameters; 49,326,872 as SE-ResNet-101, 66,821,848 as SE-ResNet-152,
+    27,559,896 as SE-ResNeXt-50 (32x4d), 48,955,416 as SE-ResNeXt-101 (32x4d), 115,088,984 as SENet-154.
+
+    The decks: a module that learns to weigh the feature maps anew, from global information (a global average pool) by
+    two fully connected layers; winner of the classification challenge of ILSVRC 2017 "using ResNeXt-152 as a base
+    architecture". The paper calls that network SENet-154: ResNeXt-152 (64x4d) with half as many inputs of the 3x3
+    convolutions, a stem of three 3x3 convolutions, 3x3 convolutions on the shortcuts, and dropout of 0.2, which timm
+    and so this one leave at 0 unless asked.
+
+        >>> model = create_model("seresnet50", num_classes=10, layers=(1, 1, 1, 1))
+        >>> model(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
 
     Args:
-        layers: blocks of the four stages, e.g. (3, 4, 6, 3).
         num_classes: number of outputs.
         in_chans: channels of the images.
+        layers: blocks of the four stages.
         cardinality, base_width, reduce_first: as of SEBottleneck.
         deep_stem: three 3x3 convolutions in place of the 7x7.
         down_kernel_size: 1 or 3, of the shortcuts' convolutions with a stride.
@@ -71,10 +90,11 @@ class SENet(Network):
     heads = ("fc",)
 
     def __init__(
-        self, layers, num_classes=1000, in_chans=3, cardinality=1, base_width=64, reduce_first=1, deep_stem=False,
-        down_kernel_size=1, dropout=0.0,
+        self, num_classes=1000, in_chans=3, layers=(3, 4, 6, 3), cardinality=1, base_width=64, reduce_first=1,
+        deep_stem=False, down_kernel_size=1, dropout=0.0,
     ):  # fmt: skip
         super().__init__(num_classes, in_chans)
+        check_layers(layers, 4)
         channels = 128 if deep_stem else 64
         if deep_stem:
             self.conv1 = nn.Sequential(
@@ -111,19 +131,12 @@ class SENet(Network):
         return self.fc(self.dropout(chain.mean(x)))
 
 
+_OF_154 = dict(cardinality=64, base_width=4, reduce_first=2, deep_stem=True, down_kernel_size=3)
 MODELS = {
-    "seresnet50": Entry(partial(SENet, layers=(3, 4, 6, 3)), 2018),
-    "seresnext50_32x4d": Entry(partial(SENet, layers=(3, 4, 6, 3), cardinality=32, base_width=4), 2018),
-    "senet154": Entry(
-        partial(
-            SENet,
-            layers=(3, 8, 36, 3),
-            cardinality=64,
-            base_width=4,
-            reduce_first=2,
-            deep_stem=True,
-            down_kernel_size=3,
-        ),
-        2018,
-    ),
+    "seresnet50": Entry(SENet, 2018),
+    "seresnet101": Entry(partial(SENet, layers=(3, 4, 23, 3)), 2018),
+    "seresnet152": Entry(partial(SENet, layers=(3, 8, 36, 3)), 2018),
+    "seresnext50_32x4d": Entry(partial(SENet, cardinality=32, base_width=4), 2018),
+    "seresnext101_32x4d": Entry(partial(SENet, layers=(3, 4, 23, 3), cardinality=32, base_width=4), 2018),
+    "senet154": Entry(partial(SENet, layers=(3, 8, 36, 3), **_OF_154), 2018),
 }

@@ -1,16 +1,13 @@
 """ShuffleNet v1 (Zhang, Zhou, Lin and Sun: ShuffleNet: an extremely efficient CNN for mobile devices, 2018)."""
 
-import math
-
 from fastcnn import chain, nn
-from fastcnn.models.network import Entry, Network
+from fastcnn.models.network import Entry, Network, check_layers, check_multiplier
 from fastcnn.nn.blocks import Block, call, conv_norm, shared
 
 # channels of stages 2, 3 and 4 by the groups of the 1x1 convolutions: table 1 of the paper
 WIDTHS = {
     1: (144, 288, 576), 2: (200, 400, 800), 3: (240, 480, 960), 4: (272, 544, 1088), 8: (384, 768, 1536),
 }  # fmt: skip
-REPEATS = (4, 8, 4)
 
 
 class GroupedShuffleUnit(Block):
@@ -51,13 +48,29 @@ class GroupedShuffleUnit(Block):
 class ShuffleNetV1(Network):
     """ShuffleNet v1: a 3x3 convolution, a max pool, 16 units in three stages, the mean, one linear layer.
 
-    1,865,728 parameters with 3 groups. The first 1x1 convolution of stage 2, which has few inputs, has one group.
+        conv1     3x3, /2            24x112x112
+        maxpool   3x3, /2            24x56x56
+        stage2    4 units, /2       240x28x28
+        stage3    8 units, /2       480x14x14
+        stage4    4 units, /2       960x7x7
+        fc        mean, fc         1000
+
+    1,865,728 parameters with 3 groups, of which the table speaks; 1,531,936, 1,733,848, 1,968,344 and 2,434,768 with 1,
+    2, 4 and 8. The first 1x1 convolution of stage 2, which has few inputs, has one group. The shuffle between the
+    grouped convolutions lets every group see the others.
+
+    The decks name it beside MobileNet: after ResNet the focus shifted to "Efficient Networks: MobileNet, ShuffleNet".
+
+        >>> model = create_model("shufflenet_v1", num_classes=10, groups=8)
+        >>> model(torch.zeros(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
 
     Args:
         num_classes: number of outputs.
         in_chans: channels of the images.
         groups: 1, 2, 3, 4 or 8, of the 1x1 convolutions; with more of them there are more channels.
         width_mult: all channels are multiplied with it (the paper's 0.25x, 0.5x, 1x, 1.5x, 2x).
+        layers: units of the three stages.
 
     Shape: images [N, in_chans, H, W] -> logits [N, num_classes].
     """
@@ -66,12 +79,12 @@ class ShuffleNetV1(Network):
     stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
     heads = ("fc",)
 
-    def __init__(self, num_classes=1000, in_chans=3, groups=3, width_mult=1.0):
+    def __init__(self, num_classes=1000, in_chans=3, groups=3, width_mult=1.0, layers=(4, 8, 4)):
         super().__init__(num_classes, in_chans)
+        check_layers(layers, 3)
         if groups not in WIDTHS:
             raise ValueError(f"groups must be one of {', '.join(map(str, WIDTHS))}, got {groups!r}")
-        if isinstance(width_mult, bool) or not isinstance(width_mult, (int, float)) or not 0 < width_mult < math.inf:
-            raise ValueError(f"width_mult must be a positive number, got {width_mult!r}")
+        check_multiplier("width_mult", width_mult)
         scaled = [width * width_mult for width in (24, *WIDTHS[groups])]
         channels, *widths = map(int, scaled)
         if [channels, *widths] != scaled or channels % groups or any(width % (4 * groups) for width in widths):
@@ -81,9 +94,9 @@ class ShuffleNetV1(Network):
             )
         self.conv1 = nn.ConvBNAct(in_chans, channels, 3, 2)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
-        for i, (outputs, repeats) in enumerate(zip(widths, REPEATS, strict=True)):
+        for i, (outputs, count) in enumerate(zip(widths, layers, strict=True)):
             units = [GroupedShuffleUnit(channels, outputs, 2, groups, 1 if i == 0 else groups)]
-            units += [GroupedShuffleUnit(outputs, outputs, 1, groups, groups) for _ in range(repeats - 1)]
+            units += [GroupedShuffleUnit(outputs, outputs, 1, groups, groups) for _ in range(count - 1)]
             self.add_module(f"stage{i + 2}", nn.ChainSequential(*units))
             channels = outputs
         self.fc = nn.Linear(channels, num_classes)
