@@ -36,6 +36,10 @@ CASES = {
     "pre-activation, downsampling": (
         lambda norm: ours.PreActBlock(4, 6, 2, nn.Conv2d(4, 6, 1, 2, bias=False), norm_layer=norm), 4
     ),
+    "pre-activation bottleneck": (lambda norm: ours.PreActBottleneck(8, 2, norm_layer=norm), 8),
+    "pre-activation bottleneck, downsampling": (
+        lambda norm: ours.PreActBottleneck(4, 3, 2, nn.Conv2d(4, 12, 1, 2, bias=False), norm_layer=norm), 4
+    ),
     "dense": (lambda norm: ours.DenseBlock(2, 6, 2, 3), 6),
     "no batch norm": (
         lambda norm: ours.ChainSequential(
@@ -71,6 +75,10 @@ def plain(m, x):
     if isinstance(m, ours.PreActBlock):
         u = m.relu(m.bn1(x))
         y = m.conv2(m.relu(m.bn2(m.conv1(u))))
+        return y + (x if m.downsample is None else plain(m.downsample, u))
+    if isinstance(m, ours.PreActBottleneck):
+        u = m.relu(m.norm1(x))
+        y = m.conv3(m.relu(m.norm3(m.conv2(m.relu(m.norm2(m.conv1(u)))))))
         return y + (x if m.downsample is None else plain(m.downsample, u))
     if isinstance(m, ours.DenseBlock):
         for layer in m.children():

@@ -8,7 +8,7 @@ channels. The parameter names are those of torchvision's networks (resnet200: ti
 from functools import partial
 
 from fastcnn import nn
-from fastcnn.models.network import Entry, Network
+from fastcnn.models.network import Entry, Network, check_layers
 from fastcnn.names import check_name
 from fastcnn.nn.blocks import call
 
@@ -79,7 +79,7 @@ class ResNet(Network):
         zero_init_residual=False, replace_stride_with_dilation=(False, False, False),
     ):  # fmt: skip
         super().__init__(num_classes, in_chans)
-        layers = check_layers(layers, 4)
+        check_layers(layers, 4)
         check_name("block", block, BLOCKS)
         if len(replace_stride_with_dilation) != 3:
             raise ValueError(
@@ -120,14 +120,6 @@ class ResNet(Network):
 def projection(inputs, outputs, stride):
     """A shortcut between other shapes: 1x1 convolution and batch norm, option B of the paper."""
     return nn.ChainSequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-
-
-def check_layers(layers, stages):
-    """The blocks of the stages, a tuple; ValueError unless they are so many positive ints."""
-    counts = tuple(layers) if isinstance(layers, (tuple, list)) else ()
-    if len(counts) != stages or not all(type(count) is int and count > 0 for count in counts):
-        raise ValueError(f"layers must be {stages} positive ints, the blocks of the stages, got {layers!r}")
-    return counts
 
 
 def _entry(year, layers, **options):

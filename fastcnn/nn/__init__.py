@@ -17,6 +17,7 @@ from fastcnn.nn.blocks import (  # noqa: F401
     DenseBlock,
     DenseLayer,
     PreActBlock,
+    PreActBottleneck,
 )
 from fastcnn.nn.conv import Conv2d, ConvTranspose2d, Linear  # noqa: F401
 from fastcnn.nn.dropout import (  # noqa: F401
