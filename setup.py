@@ -31,6 +31,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numba>=0.63",
         "numpy",
+        "safetensors",
         # the trainer and the command line
         "filelock",
         "jsonargparse>=4.40",

@@ -4,6 +4,7 @@ Every layer of a dense block reads the channels of the block's input and of all 
 own. The parameter names are those of torchvision.models.densenet121, 161, 169 and 201, whose weights load unchanged.
 """
 
+import re
 from collections import OrderedDict
 from functools import partial
 
@@ -99,6 +100,11 @@ class DenseNet(Network):
 
     def classify(self, x):
         return self.classifier(chain.mean(call(self.relu, x)))
+
+    def names_elsewhere(self):
+        # torchvision's files have the names of its first DenseNet: norm.1 for norm1
+        layers = [name for name, _ in self.named_modules() if ".denselayer" in name]
+        return {re.sub(r"(norm|conv)([12])$", r"\1.\2", name): name for name in layers}
 
 
 def _transition(inputs, outputs):
