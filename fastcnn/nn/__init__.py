@@ -30,6 +30,7 @@ from fastcnn.nn.dropout import (  # noqa: F401
     PlainDropout,
     StochasticDepth,
 )
+from fastcnn.nn.inception_blocks import BasicConv2d, Branches  # noqa: F401
 from fastcnn.nn.losses import (  # noqa: F401
     BCEWithLogitsLoss,
     CrossEntropyLoss,
