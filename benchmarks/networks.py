@@ -1,6 +1,7 @@
 """Networks to measure, by name: fastcnn's own, torchvision's and timm's, with random weights."""
 
 import importlib
+import inspect
 import sys
 
 import torch
@@ -9,7 +10,7 @@ import torch
 NETWORKS = ("resnet50", "vgg16", "mobilenet_v2", "efficientnet_b0", "densenet121", "googlenet")
 
 
-def build(name, num_classes=None):
+def build(name, num_classes=None, in_chans=None):
     """A network with random weights, in training mode.
 
     Args:
@@ -17,14 +18,16 @@ def build(name, num_classes=None):
             is measured against, and what `fastcnn.convert` takes), or "fastcnn:lenet5",
             "torchvision:resnet50", "timm:convnext_tiny".
         num_classes: outputs of the classifier; default: the network's own.
+        in_chans: channels of the images; default: the network's own. torchvision's networks know no other.
 
     Raises:
-        ValueError: nobody has a network of this name, or its library is not installed.
+        ValueError: nobody has a network of this name, or its library is not installed, or in_chans is impossible.
     """
     source, _, plain = name.rpartition(":")
     if source not in ("", *_SOURCES):
         raise ValueError(f"model must be NAME or SOURCE:NAME with a source of {', '.join(_SOURCES)}, got {name!r}")
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options = {"num_classes": num_classes, "in_chans": in_chans}
+    options = {option: value for option, value in options.items() if value is not None}
     missing = []
     for candidate in [source] if source else _SOURCES:
         try:
@@ -38,9 +41,28 @@ def build(name, num_classes=None):
     raise ValueError(f"there is no network {name!r} in {', '.join(_SOURCES)}{hint}")
 
 
+def build_on_meta(name, num_classes=None, in_chans=None):
+    """The same without data, where the network's author lets it: on the meta device."""
+    try:
+        with torch.device("meta"):
+            return build(name, num_classes, in_chans)
+    except RuntimeError:  # it computes its sizes with tensors, as RegNet does
+        return build(name, num_classes, in_chans)
+
+
 def input_shape(name):
-    """[C, H, W] of the images a network is measured on."""
-    return (1, 32, 32) if name.rpartition(":")[2] == "lenet5" else (3, 224, 224)
+    """[C, H, W] of the images a network is measured on: those of its paper."""
+    from fastcnn.models import MODELS
+
+    source, _, plain = name.rpartition(":")
+    if plain in MODELS:
+        entry = MODELS[plain]
+        return inspect.signature(entry.build).parameters["in_chans"].default, entry.image_size, entry.image_size
+    if source == "timm" and _from_timm(plain):
+        import timm
+
+        return timm.get_pretrained_cfg(plain).input_size
+    return 3, 224, 224
 
 
 def import_torchvision():
@@ -74,7 +96,13 @@ def _from_torchvision(name):
         return None
     # GoogLeNet and Inception draw their weights from SciPy one by one: a minute that changes no timing
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return lambda **more: models.get_model(name, weights=None, **options, **more)
+
+    def make(in_chans=3, **more):
+        if in_chans != 3:
+            raise ValueError(f"in_chans must be 3 for torchvision's networks, got {in_chans}")
+        return models.get_model(name, weights=None, **options, **more)
+
+    return make
 
 
 def _from_timm(name):

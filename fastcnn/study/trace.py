@@ -42,13 +42,16 @@ SIGNATURES = {
     "max_pool2d": "input kernel_size stride padding dilation ceil_mode return_indices",
     "avg_pool2d": "input kernel_size stride padding ceil_mode count_include_pad divisor_override",
     "adaptive_avg_pool2d": "input output_size",
+    **dict.fromkeys(("avg_pool1d", "avg_pool3d"), "input kernel_size stride padding"),
+    "fractional_max_pool2d": "input kernel_size",
     "dropout": "input p training inplace",
     "hardtanh": "input min_val max_val inplace",
     "leaky_relu": "input negative_slope inplace",
     "gelu": "input approximate",
     "cat": "tensors dim",
     "flatten": "input start_dim end_dim",
-    "mean": "input dim keepdim",
+    **dict.fromkeys(("mean", "sum", "amax", "amin", "std", "var"), "input dim keepdim"),
+    "getitem": "input index",
 }
 
 
@@ -66,7 +69,8 @@ class Call:
             it, reads this id.
         input_shapes, output_shapes: their shapes, with the batch.
         attrs: arguments as plain values by name. Sizes of two dimensions are pairs; defaults of conv*, batch_norm,
-            dropout and the pools are filled in; always there: inplace.
+            dropout and the pools are filled in; of getitem the index as a tuple, unless it has tensors; always there:
+            inplace.
         parameters: name and shape of the parameters it reads; a shared one appears in every call that reads it.
     """
 
@@ -85,13 +89,15 @@ class Call:
         return self.attrs["inplace"]
 
 
-def trace(model, *inputs):
-    """The calls of one training-mode forward pass.
+def trace(model, *inputs, training=True):
+    """The calls of one forward pass.
 
     Args:
         model: any module. It is not touched: a copy without data runs.
         *inputs: a tensor (whose values do not matter) or the shape of one, e.g. (2, 3, 224, 224). Batch norm in
             training needs a batch of two where the image has shrunk to one pixel.
+        training: whether the pass is one of training mode. In the other no branch is dropped and no auxiliary
+            classifier runs.
 
     Returns:
         list of `Call`, in order.
@@ -102,7 +108,7 @@ def trace(model, *inputs):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = _without_data(model).train()
+    model = _without_data(model).train(training)
     recorder = _Recorder(model)
     inputs = [(x if isinstance(x, torch.Tensor) else torch.empty(x, device="meta")).to("meta") for x in inputs]
     for x in inputs:
@@ -298,6 +304,11 @@ def _pool(given):
     return attrs | {"padding": _sizes(given.get("padding", 0)), "ceil_mode": given.get("ceil_mode", False)}
 
 
+def _index(given):
+    index = given["index"] if isinstance(given["index"], tuple) else (given["index"],)
+    return {"index": index} if all(isinstance(i, (int, slice, type(None), type(...))) for i in index) else {}
+
+
 def _adaptive_pool(given):
     sizes = zip(_sizes(given["output_size"]), given["input"].shape[-2:], strict=True)
     return {"output_size": tuple(size if wanted is None else wanted for wanted, size in sizes)}
@@ -320,4 +331,5 @@ _NORMALISED = {
     ),
     "adaptive_avg_pool2d": _adaptive_pool,
     "dropout": lambda given: {"p": given.get("p", 0.5)},
+    "getitem": _index,
 }
