@@ -145,15 +145,14 @@ class Network(Block):
         return body
 
     def feature_info(self, image_size=224):
-        """Of every stage {"module": name, "num_chs": channels, "reduction": how many times smaller than the image}."""
+        """Of every stage {"module": name, "num_chs": channels, "reduction": how many times smaller than the image}; the
+        reduction of [N, C] is None."""
         model = copy.deepcopy(self).to("meta").eval()
         with torch.no_grad():
             images = torch.empty(1, self.in_chans, image_size, image_size, device="meta")
             tapped = model.run(images, self.stage_names())[1]
-        return [
-            {"module": name, "num_chs": x.shape[1], "reduction": 2 ** round(math.log2(image_size / x.shape[2]))}
-            for name, x in tapped.items()
-        ]
+        reduction = lambda x: 2 ** round(math.log2(image_size / x.shape[2])) if x.ndim == 4 else None
+        return [{"module": name, "num_chs": x.shape[1], "reduction": reduction(x)} for name, x in tapped.items()]
 
 
 def _opened(name, module, taps):
