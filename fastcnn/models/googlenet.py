@@ -5,6 +5,8 @@ The parameter names are those of torchvision.models.googlenet, whose weights loa
 
 from collections import namedtuple
 
+import torch
+
 from fastcnn import chain, nn
 from fastcnn.models.inception import AuxiliaryNetwork
 from fastcnn.models.network import Entry
@@ -28,8 +30,9 @@ GoogLeNetOutputs = namedtuple("GoogLeNetOutputs", ["logits", "aux_logits2", "aux
 class Inception(Branches):
     """The Inception module with dimension reduction: 1x1 | 1x1, 3x3 | 1x1, 5x5 | 3x3 max pool, 1x1, side by side.
 
-    The decks' example, 28x28x256 in, has 128, 192 and 96 filters and reductions to 64: 28x28x480 out and 358 million
-    multiply-adds, where the naive module has 28x28x672 and 854 million.
+    The decks' example, 28x28x256 in, has 128, 192 and 96 filters and reductions to 64: 28x28x480 out and 271 million
+    multiply-adds, where the naive module has 28x28x672 and 854 million. (The decks add their six terms up to 358
+    million, which has that of the 3x3 convolution, 87 million, twice.)
 
         >>> Inception(256, 128, 64, 192, 64, 96, 64)(torch.zeros(1, 256, 28, 28)).shape
         torch.Size([1, 480, 28, 28])
@@ -161,6 +164,8 @@ class GoogLeNet(AuxiliaryNetwork):
         super().__init__(num_classes, in_chans, transform_input)
         if large_kernel not in (3, 5):
             raise ValueError(f"large_kernel must be 3 or 5, got {large_kernel!r}")
+        if len(widths) != 3 or not all(widths):
+            raise ValueError(f"widths must be of three stages of at least one module each, got {widths!r}")
         self.conv1 = BasicConv2d(in_chans, 64, 7, 2, 3)
         self.maxpool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
         self.conv2 = BasicConv2d(64, 64)
@@ -192,7 +197,7 @@ class GoogLeNet(AuxiliaryNetwork):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.01)
 
     def classify(self, x):

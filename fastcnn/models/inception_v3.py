@@ -5,6 +5,8 @@ The parameter names are those of torchvision.models.inception_v3, whose weights 
 
 from collections import namedtuple
 
+import torch
+
 from fastcnn import chain, nn
 from fastcnn.models.inception import AuxiliaryNetwork
 from fastcnn.models.network import Entry
@@ -14,7 +16,6 @@ from fastcnn.nn.inception_blocks import BasicConv2d, Branches, Convolutions
 # of the 35x35 modules: outputs after the pool; of the 17x17 ones: channels between their 7x1 and 1x7 convolutions
 POOLED = (32, 64, 64)
 BETWEEN = (128, 160, 160, 192)
-LETTERS = "bcdefghijk"
 
 InceptionOutputs = namedtuple("InceptionOutputs", ["logits", "aux_logits"])
 
@@ -139,9 +140,8 @@ class InceptionV3(AuxiliaryNetwork):
         width_mult=1.0,
     ):  # fmt: skip
         super().__init__(num_classes, in_chans, transform_input)
-        for count, most in zip(layers, (3, 4, 2), strict=True):
-            if not 1 <= count <= most:
-                raise ValueError(f"layers must be at least 1, at most (3, 4, 2), got {tuple(layers)}")
+        if len(layers) != 3 or not all(1 <= count <= most for count, most in zip(layers, (3, 4, 2), strict=True)):
+            raise ValueError(f"layers must be at least (1, 1, 1) and at most (3, 4, 2), got {tuple(layers)}")
         make = Convolutions(width_mult)
         self.Conv2d_1a_3x3 = BasicConv2d(in_chans, make.channels(32), 3, 2)
         self.Conv2d_2a_3x3 = make.one(32, 32, 3, padding=0)
@@ -174,7 +174,7 @@ class InceptionV3(AuxiliaryNetwork):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(make.channels(channels), num_classes)
         for name, module in self.named_modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.001 if name == "AuxLogits.fc" else 0.1)
 
     @property
