@@ -231,6 +231,45 @@ def test_the_step_of_cuda_graphs_is_the_step_of_the_loop(finished, tmp_path, mon
         assert_same(*(load_checkpoint(out / "last.pt")[name] for out in (tmp_path, finished[0])))
 
 
+class TwoClassifiers(nn.Module):
+    """Logits that are the weights themselves, for all images, and in training those of a second classifier."""
+
+    aux_weight = 0.25
+
+    def __init__(self, *args):
+        super().__init__()
+        self.main, self.auxiliary = (nn.Parameter(torch.linspace(0, 1, 10)) for _ in range(2))
+
+    def forward(self, x):
+        logits = self.main.expand(len(x), 10)
+        return (logits, self.auxiliary.expand(len(x), 10)) if self.training else logits
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_the_loss_of_auxiliary_logits_counts_as_the_network_says(tmp_path, monkeypatch, digits, cuda_graph):
+    monkeypatch.setattr(loop, "create_model", TwoClassifiers)
+    start = TwoClassifiers()
+    options = dict(optimizer="sgd", momentum=0.0, lr=0.1, scheduler="constant", warmup=0, weight_decay=0.0, epochs=1)
+    train(config(tmp_path, batch_size=len(digits.train), cuda_graph=cuda_graph, **options))
+    after = load_checkpoint(tmp_path / "last.pt")["model"]
+    steps = {name: after[name] - tensor.detach() for name, tensor in start.named_parameters()}
+    assert steps["main"].abs().max() > 1e-3
+    torch.testing.assert_close(steps["auxiliary"], 0.25 * steps["main"], rtol=1e-4, atol=1e-7)
+    counts = torch.bincount(torch.cat([labels for _, labels in loop.batches(digits.train, 32)]), minlength=10)
+    loss = -(counts * start.main.detach().log_softmax(0)).sum() / counts.sum()
+    assert float(rows(tmp_path)[0]["train_loss"]) == pytest.approx(float(loss), rel=1e-5)
+    assert float(rows(tmp_path)[0]["train_accuracy"]) == pytest.approx(int(counts[9]) / int(counts.sum()))
+
+
+def test_a_network_with_auxiliary_classifiers_trains(tmp_path):
+    widths = [[[8, 4, 8, 4, 8, 8]]] * 3
+    train(config(tmp_path, model="googlenet", model_args={"widths": widths}, epochs=1))
+    (row,) = rows(tmp_path)
+    # the main loss alone: with the others it would be 1.6 times as much
+    assert 1.5 < float(row["train_loss"]) < 3 and math.isfinite(float(row["val_loss"]))
+    assert load_run(tmp_path).model.aux2.fc2.out_features == 10
+
+
 @pytest.mark.gpu
 def test_training_from_a_cuda_graph(tmp_path):
     for name, graphs in (("eager", False), ("graphs", True)):

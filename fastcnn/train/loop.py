@@ -72,7 +72,10 @@ def _train(config, out):
         keep_freed_memory()
     data = load_data(config.data, config.data_dir, image_size=config.image_size, channels=config.channels)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, len(data.classes), data.input.channels, **config.model_args)
+    try:
+        model = create_model(config.model, len(data.classes), data.input.channels, **config.model_args)
+    except TypeError as error:
+        raise ValueError(f"model_args {config.model_args!r} do not fit {config.model}: {error}") from error
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.preserve_format)
     if config.fuse:
         _fuse(model, out)
@@ -82,11 +85,15 @@ def _train(config, out):
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
 
-    def loss_of(logits, labels):
+    def loss_of(output, labels):
+        # what is counted is of the main logits: validation has no others
+        logits, *auxiliary = (output,) if isinstance(output, torch.Tensor) else output
         loss = criterion(logits, labels)
         # in place: a CUDA graph knows tensors by where they are
         loss_sum.add_(loss.detach() * len(labels))
         correct.add_((logits.detach().argmax(1) == labels).sum())
+        for other in auxiliary:
+            loss = loss + model.aux_weight * criterion(other, labels)
         return loss
 
     graphed = None
