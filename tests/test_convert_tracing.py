@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastcnn
+from fastcnn.benchmarks.networks import import_torchvision
 
 COUNTS = {"calls": 0}
 
@@ -399,3 +400,78 @@ def test_what_others_hung_on_the_garbage_collector_is_not_the_forwards_doing():
         gc.set_threshold(*threshold)
         gc.callbacks.remove(namespace["callback"])
     assert "0" in report.fused
+
+
+class StandardisedConv2d(nn.Conv2d):
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+class NormOfChannels(nn.LayerNorm):
+    def forward(self, x):
+        x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class NormThenActivation(nn.GroupNorm):
+    def __init__(self):
+        super().__init__(2, 4)
+        self.act = Tanhlike()
+
+    def forward(self, x):
+        return self.act(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps))
+
+
+class Tanhlike(nn.Module):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+def functions():
+    norms = NormOfChannels(4), NormThenActivation()
+    return nn.Sequential(StandardisedConv2d(4, 4, 3, padding=1), *norms, Tanhlike(), conv_bn(), Tanhlike())
+
+
+def test_functions_that_forwards_call_are_ours():
+    model, stock, report = converted(functions())
+    calls = {"0": "conv2d", "1": "layer_norm", "2": "group_norm", "2.act": "gelu", "3": "gelu"}
+    assert report.swapped == {name: f"its forward calls fastcnn.functional.{op}" for name, op in calls.items()}
+    assert report.fused == {"4.0": "with 4.1", "4.1": "with 4.0", "5": "gelu_tanh"} and report.kept == {}
+    assert_same(model, stock)
+    before = {op.name: sum(op.calls.values()) for op in fastcnn.backends.OPS}
+    model(image())
+    after = {op.name: sum(op.calls.values()) for op in fastcnn.backends.OPS}
+    assert {"conv2d", "layer_norm", "group_norm", "gelu"} <= {name for name in after if after[name] > before[name]}
+
+
+def test_functions_of_forwards_are_selected_as_layers_are():
+    model, stock, report = converted(functions(), ops=("conv2d", "gelu"), filter_fn=lambda module, name: name != "3")
+    assert set(report.swapped) == {"0", "2.act", "4.0", "5"}
+    assert report.kept["1"].startswith("no kernel for") and "3" in report.kept
+    assert_same(model, stock)
+
+
+def test_convolution_that_pads_itself_is_fused_with_its_batch_norm():
+    import_torchvision()
+    layers = pytest.importorskip("timm").layers
+
+    class Same(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide = layers.Conv2dSame(4, 4, (5, 3), 2, bias=False)
+            self.skip = layers.Conv2dSame(4, 4, 1, (2, 1), dilation=2)
+            self.again = layers.Conv2dSame(4, 4, 2, 2)
+            self.norm, self.norm_skip, self.norm_again = (nn.BatchNorm2d(4) for _ in range(3))
+            self.stem = conv_bn()
+
+        def forward(self, x):
+            x = F.relu(self.stem(x))
+            y = F.relu(self.norm(self.wide(x)))
+            return self.norm_again(self.again(y)).mean() + self.norm_skip(self.skip(x)) + x.mean()
+
+    model, stock, report = converted(Same())
+    assert {"wide", "norm", "skip", "norm_skip", "again", "norm_again"} <= set(report.fused), report
+    assert_same(model, stock)
+    fastcnn.convert(model, ops=("batch_norm",))
+    assert_same(model, stock, steps=1)

@@ -18,6 +18,7 @@ __all__ = ["convert", "revert", "verify"]
 
 SWAPPED = "_fastcnn_swapped"
 FUSIBLE = ("Conv2d", "BatchNorm2d", "SyncBatchNorm", "ReLU", "ReLU6", "LeakyReLU", "SiLU", "Hardswish", "GELU")
+WITH_PARAMETERS = ("conv2d", "conv_transpose2d", "linear", "layer_norm", "group_norm", "instance_norm")
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
 
 
@@ -26,7 +27,8 @@ def convert(model, *, ops="auto", fuse=True, filter_fn=None, strict=False):
 
     torch.nn's layers, not subclasses of them, become fastcnn.nn's: parameters, buffers, state_dict keys, hooks and the
     optimizer's references stay. With fuse, forwards of modules that torch.fx can record safely run Conv-BN-activation
-    (-add) chains without storing normalised tensors. What cannot be proven to give the same stays as it is, and the
+    (-add) chains without storing normalised tensors, and call fastcnn.functional where they called
+    torch.nn.functional. What cannot be proven to give the same stays as it is, and the
     report says why. The rewritten forward follows the model: training and evaluation, frozen layers, hooks, exchanged
     layers, changed options and patched classes are seen at the next call. Globals of other modules that a forward
     reads through functions it does not call by name, variables of enclosing functions and lists or dicts that are
@@ -105,7 +107,7 @@ def _fuse(model, named, rows, ops, excluded):
     install(model, Unit("", ops, excluded, refused))
     for name, reason in refused.items():
         rows[name] = Row(name, type(model.get_submodule(name)).__name__, "kept", reason)
-    fates = {}
+    fates, called = {}, {}
     for _, module in named:
         unit = vars(module).get(KEY)
         if unit is None:
@@ -117,19 +119,40 @@ def _fuse(model, named, rows, ops, excluded):
                 for inner, reason in program.opaque.items():
                     inner = (unit.prefix + inner).rstrip(".")
                     rows[inner] = Row(inner, type(model.get_submodule(inner)).__name__, "kept", reason)
+                for inner, functions in program.functions.items():
+                    called.setdefault((unit.prefix + inner).rstrip("."), functions)
     modules = dict(named)
+    inside = {}  # by module: what became of the functions that its forward calls
+    for name in fates:
+        inside.setdefault(name.rpartition(".")[0], []).extend(fates[name])
     for name, module in named:
         row = rows[name]
-        if name in fates:
-            missed = [fate for fate in fates[name] if not fate.fused]
-            if not missed:
-                rows[name] = Row(name, type(module).__name__, "fused", fates[name][0].note)
-            elif row is not None and row.done == "swapped":
+        found = fates.get(name, ())
+        if not found and not list(module.children()) and not list(module.parameters(recurse=False)):
+            found = inside.get(name, ())
+        missed = [fate for fate in found if not fate.fused]
+        functions = _functions_of(module, called.get(name, ()))
+        if found and not missed:
+            rows[name] = Row(name, type(module).__name__, "fused", found[0].note)
+        elif functions and (row is None or (row.done == "kept" and row.note != "not selected")):
+            functions = ", ".join(f"fastcnn.functional.{function}" for function in functions)
+            rows[name] = Row(name, type(module).__name__, "swapped", f"its forward calls {functions}")
+        elif found:
+            if row is not None and row.done == "swapped":
                 rows[name] = row._replace(note=f"{row.note}; not fused: {missed[0].note}")
             elif row is None or row.note != "not selected":
                 rows[name] = Row(name, type(module).__name__, "kept", missed[0].note)
         elif row is not None and row.done == "swapped" and row.cls in FUSIBLE and not _in_a_block(name, modules):
             rows[name] = row._replace(note=f"{row.note}; not fused: no forward that was recorded calls it")
+
+
+def _functions_of(module, called):
+    # those that are what a module of another library is: a container has them beside its layers
+    if not list(module.parameters()):
+        return [] if list(module.children()) else list(dict.fromkeys(called))
+    if any(list(child.parameters()) for child in module.children()):
+        return []
+    return [function for function in dict.fromkeys(called) if function in WITH_PARAMETERS]
 
 
 def _in_a_block(name, modules):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcnn.conversion.tracing import INPLACE, LEAVES
+from fastcnn.conversion.tracing import INPLACE, LEAVES, is_others_layer
 
 INPLACE_OPERATORS = {getattr(operator, name) for name in INPLACE} | {operator.setitem}
 # these return fresh memory
@@ -89,7 +89,7 @@ class Aliases:
             if type(module).__module__.startswith(("torch.nn.", "fastcnn.nn.")):
                 hooked = any(vars(module)[name] for name in ("_forward_hooks", "_forward_pre_hooks"))
                 return everything if hooked else only_first if getattr(module, "inplace", False) else frozenset()
-            return frozenset() if is_leaf_norm(module) or type(module).__name__ == "DropPath" else everything
+            return frozenset() if is_others_layer(module) else everything
         if node.op == "call_method":
             return only_first if node.target.endswith("_") and not node.target.endswith("__") else frozenset()
         if node.op != "call_function":

@@ -141,7 +141,7 @@ def _parts(cat):
         form = None
         if part.target is chain.activate:
             part, *form = part.args
-        if part.target is not chain.conv_batch_norm or len(part.users) != 1:
+        if part.target is not chain.conv_batch_norm or len(part.users) != 1 or part.args[1].op != "get_attr":
             return None
         found.append((part, None if form is None else tuple(form)))
     return found

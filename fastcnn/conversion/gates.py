@@ -27,7 +27,7 @@ def squeeze_excite(rewriter, node, x, gate):
         return False
     parameters = [rewriter.get_module(node, name) for name in modules]
     rewriter.become(node, chain.squeeze_excite, x, *parameters, *kinds, activated=True)
-    names = {n.target if n.op == "call_module" else n.name for n in between}
+    names = set(map(rewriter.name_of, between))
     rewriter.fates = [
         fate._replace(fused=True, note="squeeze-excite") if fate.name in names else fate for fate in rewriter.fates
     ]

@@ -38,8 +38,15 @@ OP_OF = {cls: OP_NAMES[cls.__name__] for pair in OURS.items() for cls in pair}
 OPS = sorted(set(OP_OF.values()))
 
 
+def is_same_conv(module):
+    """Whether the module is timm's convolution that pads its input at each call, as TensorFlow's "SAME" does."""
+    return type(module).__name__ == "Conv2dSame" and type(module).__module__.startswith("timm.")
+
+
 def op_of(module):
     """The name of the op that a module's class runs, or None."""
     if type(module).__name__ in ("BatchNormAct2d", "SyncBatchNormAct"):
         return "batch_norm"
+    if is_same_conv(module):
+        return "conv2d"
     return OP_OF.get(type(module))

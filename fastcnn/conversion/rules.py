@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastcnn import chain
+from fastcnn import chain, functional
 from fastcnn import nn as ours
 from fastcnn.conversion import concatenations, gates
 from fastcnn.conversion.aliases import Aliases
-from fastcnn.conversion.steps import NormAlone, attribute, own_tensor, size
+from fastcnn.conversion.layers import is_same_conv
+from fastcnn.conversion.steps import ConvAlone, NormAlone, attribute, own_tensor, padded_same, size
 from fastcnn.conversion.watched import has_hooks
 
 CONVOLUTIONS = (nn.Conv2d, ours.Conv2d)
@@ -36,6 +37,13 @@ ADD = {operator.add, operator.iadd, torch.add}
 MULTIPLY = {operator.mul, operator.imul, torch.mul}
 DROPOUTS = (nn.Dropout, nn.Dropout2d, ours.Dropout, ours.Dropout2d)
 SPATIAL = ({2, 3}, {-1, -2}, {2, -1}, {-2, 3})
+# what a forward calls by itself and that no rule takes runs on our op, as it would in a layer
+FUNCTIONS = (
+    "conv2d", "conv_transpose2d", "linear", "layer_norm", "group_norm", "instance_norm", "local_response_norm",
+    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "relu", "relu6", "leaky_relu", "silu",
+    "hardswish", "gelu", "sigmoid", "tanh",
+)  # fmt: skip
+FUNCTIONS = {getattr(F, name): name for name in FUNCTIONS}
 
 
 class Fate(NamedTuple):
@@ -53,14 +61,20 @@ class Rewriter:
         graph: of tracing.trace.
         root: its module.
         selected: function of (name, module): whether the user wants this module fused.
+        selected_op: function of (name, op): whether the user wants this op in this module's forward.
+
+    Attributes:
+        functions: {name of a module: names of fastcnn.functional that its forward calls now}.
     """
 
     ACTIVATIONS = {"call_function": ACTIVATION_FUNCTIONS, "call_method": ACTIVATION_METHODS}
 
-    def __init__(self, graph, root, selected):
+    def __init__(self, graph, root, selected, selected_op):
         self.graph = graph
         self.root = root
         self.selected = selected
+        self.selected_op = selected_op
+        self.functions = {}
         self.fates = []
         self.values = {}  # node that returns a value of the chain: whether an activation was applied
         self.tensors = {}  # such a node: the node that materialised it
@@ -86,6 +100,7 @@ class Rewriter:
         for conv in self.paired.values():
             self.graph.erase_node(conv)
         concatenations.assign_slots(self)
+        self.swap_functions()
         return self.fates
 
     # nodes
@@ -134,7 +149,12 @@ class Rewriter:
             return self.graph.call_function(NormAlone, (module,))
 
     def tell(self, node, fused, note):
-        self.fates.append(Fate(node.target if node.op == "call_module" else node.name, fused, note))
+        self.fates.append(Fate(self.name_of(node), fused, note))
+
+    @staticmethod
+    def name_of(node):
+        """The name of the module that a node calls, or a name of its own inside the module that calls a function."""
+        return node.target if node.op == "call_module" else f"{node.meta['module']}.{node.name}".lstrip(".")
 
     # before
 
@@ -193,7 +213,7 @@ class Rewriter:
         conv = self.module(node)
         if not isinstance(conv, nn.Conv2d):
             return
-        why = self.why_not_conv(node, conv)
+        why = self.why_not_conv(node, conv, pads_itself=is_same_conv(conv))
         if why is not None:
             self.tell(node, False, why)
             return
@@ -214,8 +234,8 @@ class Rewriter:
             self.paired[users[0]] = node
             self.tell(node, True, f"with {users[0].target}")
 
-    def why_not_conv(self, node, conv):
-        if type(conv) not in CONVOLUTIONS:
+    def why_not_conv(self, node, conv, pads_itself=False):
+        if type(conv) not in CONVOLUTIONS and not pads_itself:
             return f"{type(conv).__module__}.{type(conv).__name__} has a forward of its own"
         if has_hooks(conv):
             return "it has hooks"
@@ -226,6 +246,15 @@ class Rewriter:
         if not self.plain_call(node, conv):
             return "it is called with other arguments"
         return None
+
+    # after
+
+    def swap_functions(self):
+        for node in self.graph.nodes:
+            name = FUNCTIONS.get(node.target) if node.op == "call_function" and "out" not in node.kwargs else None
+            if name is not None and self.selected_op(node.meta["module"], name):
+                node.target = getattr(functional, name)
+                self.functions.setdefault(node.meta["module"], []).append(name)
 
     # the rules: True if the node was rewritten
 
@@ -272,9 +301,18 @@ class Rewriter:
         module = self.get_norm(node, name)
         if node in self.paired:
             conv = self.paired[node]
-            x = self.current(conv.args[0])
+            conv.args = self.current(conv.args)
+            same = is_same_conv(self.module(conv))
+            if same:
+                self.use_tensors(conv)
+            x = conv.args[0]
             written = x not in self.values and self.aliases.written_after(node, x)
-            self.become(node, chain.conv_batch_norm, x, self.get_module(node, conv.target), module, activated=False)
+            layer = self.get_module(node, conv.target)
+            if same:
+                with self.graph.inserting_before(node):
+                    x = self.graph.call_function(padded_same, (x, layer))
+                    layer = self.graph.call_function(ConvAlone, (layer,))
+            self.become(node, chain.conv_batch_norm, x, layer, module, activated=False)
             if written:
                 node.kwargs = {"at_once": True}
             self.fates.append(Fate(name, True, f"with {conv.target}"))

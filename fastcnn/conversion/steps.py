@@ -1,5 +1,6 @@
 """What a rewritten graph calls beside the functions of fastcnn/chain.py."""
 
+import torch.nn.functional as F
 from torch import nn
 
 from fastcnn import chain
@@ -37,3 +38,30 @@ class NormAlone:
 
     def __call__(self, x):
         return self.base.forward(self.module, x)
+
+
+def padded_same(x, conv):
+    """x with the zeros that a convolution of TensorFlow's "SAME" padding wants; itself where it wants none."""
+    pads = []
+    sizes = zip(x.shape[-2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    for size_, kernel, stride, dilation in reversed(list(sizes)):  # F.pad begins with the last dimension
+        total = max((-(-size_ // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size_, 0)
+        pads += [total // 2, total - total // 2]
+    return F.pad(x, pads) if any(pads) else x
+
+
+class ConvAlone:
+    """timm's convolution without its padding, as the chain takes a convolution."""
+
+    def __init__(self, module):
+        self.module = module
+
+    @property
+    def __class__(self):
+        return nn.Conv2d
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+    def __call__(self, x):
+        return nn.Conv2d.forward(self.module, x)

@@ -21,12 +21,13 @@ from fastcnn.conversion.watched import SIMPLE, Watched, has_hooks, put_back
 from fastcnn.nn.blocks import Block
 
 # modules of other libraries that are one step of a graph, by class name and the start of the module path: their
-# forwards count batches in a buffer or draw random numbers
+# forwards count batches in a buffer, draw random numbers or ask for the size of the image. None writes to its input
 LEAVES = {
     "BatchNormAct2d": "timm.",
     "SyncBatchNormAct": "timm.",
     "FrozenBatchNormAct2d": "timm.",
     "DropPath": "timm.",
+    "Conv2dSame": "timm.",
     "FrozenBatchNorm2d": "torchvision.",
 }
 TENSOR_NAMES = frozenset(dir(torch.Tensor))

@@ -39,12 +39,14 @@ class Program(NamedTuple):
     watched: what must stay as it is.
     fates: of convolutions, batch norms and activations (rules.Fate).
     opaque: {name of an inner module that runs as it is: reason}.
+    functions: {name of a module: names of fastcnn.functional that its forward calls now}.
     """
 
     function: object
     watched: Watched
     fates: tuple
     opaque: dict
+    functions: dict
 
 
 class Unit:
@@ -74,6 +76,9 @@ class Unit:
         op = op_of(module)
         return self.prefix + name not in self.excluded and (op is None or op in self.ops)
 
+    def selected_op(self, name, op):
+        return self.prefix + name not in self.excluded and op in self.ops
+
     def inner(self, name):
         """The unit of a module inside this one."""
         return Unit(f"{self.prefix}{name}.", self.ops, self.excluded, self.refused)
@@ -90,7 +95,7 @@ class Unit:
                     return program
         with _lock:
             if self.unused >= MAX_TRACES:
-                return Program(None, None, (), {})
+                return Program(None, None, (), {}, {})
             self.traces += 1
             self.unused += 1
             if self.unused == MAX_TRACES:
@@ -115,15 +120,17 @@ class Unit:
             except Untraceable as error:
                 if error.module == "" or error.module in opaque:
                     self.install_inside(module, "")
-                    return Program(None, Watched(module.modules()), (), {"": error.reason})
+                    return Program(None, Watched(module.modules()), (), {"": error.reason}, {})
                 opaque[error.module] = error.reason
-        rewriter = Rewriter(graph, module, self.selected)
+        rewriter = Rewriter(graph, module, self.selected, self.selected_op)
         fates = tuple(rewriter.rewrite())
-        function = compile_graph(graph, module) if any(fate.fused for fate in fates) else None
+        changed = rewriter.functions or any(fate.fused for fate in fates)
+        function = compile_graph(graph, module) if changed else None
         for node in graph.nodes:
             if node.op == "call_module":
                 self.install(module.get_submodule(node.target), node.target, opaque)
-        return Program(function, Watched([*visited, *rewriter.looked_at], read), fates, opaque)
+        watched = Watched([*visited, *rewriter.looked_at], read)
+        return Program(function, watched, fates, opaque, rewriter.functions)
 
     def install(self, inner, name, opaque):
         # a step of the graph that is a network of its own
