@@ -234,11 +234,10 @@ def _without_autocast(tensor):
     return contextlib.nullcontext()
 
 
-def _geometry(x, conv):
-    """The fused.Convolution of this module on an image of x's size."""
-    size, *where = conv2d.check_convolution(
-        x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups
-    )
+def _geometry(x, conv, padding=None):
+    """The fused.Convolution of this module on an image of x's size; with a padding in place of its own."""
+    padding = conv.padding if padding is None else padding
+    size, *where = conv2d.check_convolution(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
     return fused.Convolution(tuple(size), *where, conv.groups)
 
 
@@ -283,11 +282,14 @@ def conv_batch_norm(x, conv, bn, out=None, at_once=False):
     return Pending(y, scale, shift)
 
 
-def conv(x, conv):
-    """conv(x), a tensor; a value's activation is applied on load."""
+def conv(x, conv, padding=None):
+    """conv(x), a tensor; a value's activation is applied on load.
+
+    padding: what conv's forward gives an image of this size, if it is not conv.padding.
+    """
     if isinstance(x, torch.Tensor) or not torch.is_grad_enabled():
         return conv(materialize(x))
-    return _read(x, conv, _geometry(likeness(x), conv))[0]
+    return _read(x, conv, _geometry(likeness(x), conv, padding))[0]
 
 
 def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_var=None, norm=None, slot=None):
@@ -518,7 +520,19 @@ def cat(values):
         raw = ConcatenateFunction.apply(*(value.raw for value in values))
         scale, shift = (torch.cat([getattr(value, name) for value in values]) for name in ("scale", "shift"))
         return Pending(raw, scale, shift, first.activation, first.slope)
+    if _share_an_activation(values):
+        return first.now_with(raw=ConcatenateFunction.apply(*(value.raw for value in values)))
     return torch.cat([materialize(value) for value in values], 1)
+
+
+def _share_an_activation(values):
+    """Whether all are f(raw) with one f and nothing else: convolutions without batch norm."""
+    forms = set()
+    for value in values:
+        if not isinstance(value, Pending) or value.scale is not None or value.gate is not None or value.scaled:
+            return False
+        forms.add((value.activation, value.slope, value.raw.dtype))
+    return len(forms) == 1 and values[0].activation != "none"
 
 
 def _runs(values):
