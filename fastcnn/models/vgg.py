@@ -1,6 +1,7 @@
 """VGG (Simonyan and Zisserman: Very deep convolutional networks for large-scale image recognition, 2015).
 
-The parameter names are those of torchvision.models.vgg11 to vgg19_bn, whose weights load unchanged.
+The parameter names are those of torchvision.models.vgg11 to vgg19_bn, whose weights load unchanged; `pretrained` also
+takes timm's files, where the linear layers are convolutions of the 7x7 map.
 """
 
 from functools import partial
@@ -92,6 +93,10 @@ class VGG(Network):
 
     def classify(self, x):
         return self.classifier(chain.materialize(x).flatten(1))
+
+    def names_elsewhere(self):
+        # timm's
+        return {"pre_logits.fc1": "classifier.0", "pre_logits.fc2": "classifier.3", "head.fc": "classifier.6"}
 
 
 def grow(model, name, first=4):
