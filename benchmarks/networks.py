@@ -99,7 +99,7 @@ def _from_torchvision(name):
 
     def make(in_chans=3, **more):
         if in_chans != 3:
-            raise ValueError(f"in_chans must be 3 for torchvision's networks, got {in_chans}")
+            raise ValueError(f"in_chans must be 3 for torchvision's networks, got {in_chans}; fastcnn:{name} may do")
         return models.get_model(name, weights=None, **options, **more)
 
     return make

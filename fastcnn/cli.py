@@ -1,4 +1,4 @@
-"""The command line: fastcnn train | eval | predict | bench | tune | explain | env.
+"""The command line: fastcnn train | eval | predict | bench | tune | models | study | explain | env.
 
 Options of `train` are the fields of `TrainConfig`. What a user can get wrong ends in one line and exit code 2.
 Everything heavy is imported by the sub-command that needs it.
@@ -72,6 +72,20 @@ def _parser(resume=None):
     commands.add_subcommand("bench", _bench_parser(), help="measure against PyTorch")
 
     commands.add_subcommand("tune", _tune_parser(), help="measure and keep the fastest launches of a network")
+
+    sub = _new(
+        "The networks of fastcnn.models: year, parameters, million multiply-adds and memory of an image, and the speed "
+        "of a training step where one was measured."
+    )
+    sub.add_argument("pattern", nargs="?", default="*", help="of the names, e.g. 'resnet*'")
+    sub.add_argument("--sort", default="year", type=str, help="name, year, parameters, macs or memory")
+    sub.add_argument("--plot", default=None, type=str | None, help="draw them into this file, as bubbles")
+    sub.add_argument("--results", default="benchmarks/results", type=str, help="folder of measured rows")
+    commands.add_subcommand("models", sub, help="list the networks")
+
+    study = _new("What can be known of a network without training it.")
+    commands.add_subcommand("study", study, help="look into a network")
+    study.add_subcommands(required=True).add_subcommand("summary", _summary_parser(), help="count it layer by layer")
 
     sub = _new("Which kernels run each op on this machine and why; with a run folder, which ones ran there.")
     sub.add_argument("run", nargs="?", help="run folder")
@@ -160,6 +174,22 @@ def _tune_parser():
     parser.add_argument("--all", action="store_true", help="measure every candidate, not only the predicted best")
     parser.add_argument("--dry-run", action="store_true", help="print predictions; needs no GPU and measures nothing")
     parser.add_argument("--gpu", default="h100-sxm", type=str, help="of --dry-run: which GPU")
+    return parser
+
+
+def _summary_parser():
+    parser = _new(
+        "Output, memory, parameters, multiply-adds and receptive field of every layer, and their sums. Norms and "
+        "activations belong to the layer before them."
+    )
+    parser.add_argument("model", help="resnet50, timm:convnext_tiny, fastcnn:lenet5, ...")
+    parser.add_argument("--image-size", default=None, type=int | None, help="height and width")
+    parser.add_argument("--in-chans", default=None, type=int | None, help="channels of the images")
+    parser.add_argument("--num-classes", default=None, type=int | None, help="outputs")
+    parser.add_argument("--batch", default=1, type=int, help="images, for the memory of a batch")
+    parser.add_argument("--depth", default=None, type=int | None, help="a row per module so deep instead of per layer")
+    parser.add_argument("--csv", default=None, type=str | None, help="write the rows into this file, too")
+    parser.add_argument("--json", default=None, type=str | None, help="write rows and sums into this file, too")
     return parser
 
 
@@ -257,6 +287,22 @@ def _tune(options):
     )
 
 
+def _models(options):
+    from fastcnn.study import gallery
+
+    gallery.command(options.pattern, options.sort, options.results, options.plot)
+    return 0
+
+
+def _study(options):
+    from fastcnn.study import summary
+
+    chosen = options[options.subcommand]
+    names = ("image_size", "in_chans", "num_classes", "batch", "depth", "csv", "json")
+    summary.command(chosen.model, **{name: chosen[name] for name in names})
+    return 0
+
+
 def _explain(options):
     if options.run is None:
         from fastcnn import explain
@@ -283,6 +329,8 @@ COMMANDS = {
     "predict": _predict,
     "bench": _bench,
     "tune": _tune,
+    "models": _models,
+    "study": _study,
     "explain": _explain,
     "env": _env,
 }

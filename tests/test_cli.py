@@ -51,6 +51,13 @@ def fails(capsys, *argv):
         (["eval", "nowhere"], "nowhere holds no run of fastcnn train"),
         (["predict", "nowhere", "a.png"], "nowhere holds no run of fastcnn train"),
         (["explain", "nowhere"], "nowhere holds no finished run"),
+        (["study"], "study.subcommand"),
+        (["study", "summary", "fastcnn:lenet6"], "there is no network 'fastcnn:lenet6'"),
+        (["study", "summary", "lenet5", "--depth", "0"], "depth must be a positive int, got 0"),
+        (["study", "summary", "lenet5", "--in-chans", "0"], "in_chans must be a positive int, got 0"),
+        (["study", "summary", "torchvision:vgg11", "--in-chans", "1"], "in_chans must be 3 for torchvision's networks"),
+        (["models", "lenet6"], "no network is called 'lenet6'"),
+        (["models", "--sort", "size"], "unknown key 'size'"),
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, message):
@@ -137,6 +144,27 @@ def test_config_file_and_resume_take_the_run_s_own_options(tmp_path, monkeypatch
     assert "resuming after epoch 1" in printed and "epoch   2/2" in printed and "epoch   1/2" not in printed
     assert main(["train", "--resume", "--out", str(out)]) == 0
     assert "nothing to resume" in capsys.readouterr().out
+
+
+def test_summary_of_a_network(tmp_path, capsys):
+    files = ["--csv", str(tmp_path / "rows.csv"), "--json", str(tmp_path / "all.json")]
+    assert main(["study", "summary", "lenet5", "--batch", "4", "--num-classes", "3", *files]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("lenet5, input 32x32x1\n") and "numbers of 4 images" in printed
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 9
+    assert json.loads((tmp_path / "all.json").read_text())["parameters"] == 61_706 - 7 * 85
+    assert main(["study", "summary", "fastcnn:lenet5", "--in-chans", "3", "--depth", "1"]) == 0
+    assert "input 32x32x3" in capsys.readouterr().out
+    assert main(["study", "summary", "torchvision:alexnet", "--image-size", "128"]) == 0
+    assert "features.0" in capsys.readouterr().out
+
+
+def test_networks_are_listed(tmp_path, capsys):
+    picture = tmp_path / "a.png"
+    assert main(["models", "lenet*", "--results", str(tmp_path), "--plot", str(picture)]) == 0
+    captured = capsys.readouterr()
+    assert "61,706" in captured.out and "counting" not in captured.err
+    assert Image.open(picture).width > 500
 
 
 def test_explain_and_env(run, capsys):

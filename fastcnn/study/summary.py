@@ -352,7 +352,7 @@ def _joined(value):
 
 def _mb(numbers):
     megabytes = BYTES * numbers / 1e6
-    return f"{megabytes:,.1f}" if megabytes >= 10 else f"{megabytes:.3g}"
+    return f"{megabytes:,.1f}" if megabytes >= 10 else f"{megabytes:.3f}"
 
 
 def _number(value):

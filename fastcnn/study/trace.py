@@ -6,6 +6,7 @@ takes a fraction of a second. Calls are seen as the network's author wrote them 
 """
 
 import copy
+import functools
 import inspect
 from collections import Counter
 from dataclasses import dataclass
@@ -173,6 +174,9 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = self._on_meta(args, kwargs or {})
+        # modules ask for shapes and dtypes much more often than they compute
+        if getattr(func, "__name__", "") == "__get__" and not isinstance(asked := func(*args), torch.Tensor):
+            return asked
         tensors = _tensors((args, kwargs))
         read = [t for t in tensors if id(t) in self.ids]
         # ids before the call: an in-place one gives its input a new id
@@ -188,9 +192,9 @@ class _Recorder(TorchFunctionMode):
             parameters |= self.parameters.get(id(t), {})
         for t in (*tensors, *made):
             self._alias(t)
-        op, attrs = _describe(func, args, kwargs)
         outputs = [t for t in made if not any(t is other for other in tensors)] + mutated
-        if not read or not outputs or op.startswith("new_") or op.endswith("_like"):
+        op, attrs = _describe(func, args, kwargs) if read and outputs else ("", {})
+        if not op or op.startswith("new_") or op.endswith("_like"):
             # a constant, perhaps computed from parameters; the same tensor again; or what takes a shape alone
             self.parameters |= {id(t): parameters for t in outputs if parameters}
             return result
@@ -248,15 +252,20 @@ def _describe(func, args, kwargs):
     if op in SIGNATURES:
         names = SIGNATURES[op].split()
     else:
-        try:
-            names = list(inspect.signature(func).parameters)
-        except (TypeError, ValueError):
-            names = []
+        names = list(_signature(func))
     names += [f"arg{i}" for i in range(len(names), len(args))]
     given = dict(zip(names, args)) | kwargs  # noqa: B905 (names may be more)
     if op == "hardtanh" and (given.get("min_val"), given.get("max_val")) == (0, 6):
         return "relu6", {}
     return op, _NORMALISED[op](given) if op in _NORMALISED else _plain_items(given)
+
+
+@functools.cache
+def _signature(func):
+    try:
+        return tuple(inspect.signature(func).parameters)
+    except (TypeError, ValueError):
+        return ()
 
 
 def _plain_items(given):
