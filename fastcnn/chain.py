@@ -282,25 +282,31 @@ def conv_batch_norm(x, conv, bn, out=None, at_once=False):
     return Pending(y, scale, shift)
 
 
-def conv(x, conv, padding=None):
-    """conv(x), a tensor; a value's activation is applied on load.
+def conv(x, conv, padding=None, factor=1.0, out=None):
+    """conv(x) * factor, a tensor; a value's activation is applied on load.
 
     padding: what conv's forward gives an image of this size, if it is not conv.padding.
+    factor: a number, which a value's convolution has in its weight and bias.
+    out: as of conv_batch_norm.
     """
     if isinstance(x, torch.Tensor) or not torch.is_grad_enabled():
-        return conv(materialize(x))
-    return _read(x, conv, _geometry(likeness(x), conv, padding))[0]
+        return conv(materialize(x)) if factor == 1 else conv(materialize(x)) * factor
+    return _read(x, conv, _geometry(likeness(x), conv, padding), slot=out, factor=factor)[0]
 
 
-def _read(x, conv, geometry, gamma=None, beta=None, running_mean=None, running_var=None, norm=None, slot=None):
+def _read(
+    x, conv, geometry, gamma=None, beta=None, running_mean=None, running_var=None, norm=None, slot=None, factor=1.0
+):  # fmt: skip
     """(y, scale, shift)"""
     x, columns, shuffle = _arranged(x, conv, geometry)
-    x, weight = _in_one_dtype(x, conv.weight)
+    weight, bias = conv.weight, conv.bias
+    if factor != 1:
+        weight, bias = weight * factor, None if bias is None else bias * factor
+    x, weight = _in_one_dtype(x, weight)
     if columns is not None:
         weight = channel_order.PermuteFunction.apply(weight, columns)
     expression, scaled, leave = _readable(x)
     backend = fused.op.route(expression.x, lambda backend: None)
-    bias = conv.bias
     if norm is None and bias is not None:
         bias = bias.to(weight.dtype)
     e = expression

@@ -33,8 +33,8 @@ class Plain:
         return bn(x)
 
     @staticmethod
-    def conv(x, conv):
-        return conv(x)
+    def conv(x, conv, factor=1.0):
+        return conv(x) * factor
 
     @staticmethod
     def activate(x, kind, slope):
@@ -108,12 +108,13 @@ class Random(nn.Module):
         for kind, name, a, b, layer in self.steps:
             a, b = images[a], images[b]
             parts = list(self.layers[layer : layer + 2])
+            factor = (1.0, 0.7)[layer % 2]
             if kind == "conv_batch_norm":
                 z = api.conv_batch_norm(a, *parts)
             elif kind == "batch_norm":
                 z = api.batch_norm(a, parts[0])
             elif kind == "conv":
-                z = api.conv(a, parts[0])
+                z = api.conv(a, parts[0], factor=factor)
             elif kind == "activate":
                 z = api.activate(a, name, SLOPE)
             elif kind == "add":
@@ -127,7 +128,7 @@ class Random(nn.Module):
             elif kind == "avg_pool2d":
                 z = api.avg_pool2d(a, 3, 1, 1) if api is Plain else api.avg_pool2d(a, 3, 1, 1, count_include_pad=False)
             elif kind == "cat":
-                z = api.conv(api.cat([a, b]), parts[0])
+                z = api.conv(api.cat([a, b]), parts[0], factor=factor)
             else:
                 z = api.materialize(a)
             images.append(z)

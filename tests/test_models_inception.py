@@ -180,13 +180,13 @@ def modules_of_all_kinds():
         yield name, residual.get_submodule(name), None
 
 
-@pytest.mark.parametrize("kind", ["reduced", "Mixed_7b", "mixed_7a", "repeat.0"])
+@pytest.mark.parametrize("kind", ["reduced", "repeat.0"])
 def test_modules_on_our_kernels(lane, kind):
     module = {name: module for name, module, _ in modules_of_all_kinds()}[kind]
     module = hostile(module).double()
     plain = unfuse(copy.deepcopy(module))
     channels = next(m for m in module.modules() if isinstance(m, nn.Conv2d)).in_channels
-    images = torch.randn(2, channels, 5, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
+    images = torch.randn(2, channels, 3, 4, dtype=torch.float64).to(memory_format=torch.channels_last)
     with fastcnn.strict(False):  # the plain one
         found = step(module.to(lane.device), images.to(lane.device))
         with fastcnn.backend("torch"):
@@ -220,7 +220,7 @@ def test_values_are_not_stored():
 def test_values_of_inception_are_not_stored(name, bar):
     mine = create_model(name, width_mult=0.25, layers=(2, 2, 2)).to(memory_format=torch.channels_last)
     mine.auxiliary = ()
-    images = torch.randn(2, 3, 107, 107).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(8, 3, 107, 107).contiguous(memory_format=torch.channels_last)
     plain = unfuse(copy.deepcopy(mine))
     assert saved_bytes(mine, images) <= bar * saved_bytes(plain, images)
 

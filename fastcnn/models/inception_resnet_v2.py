@@ -6,7 +6,7 @@ The parameter names are those of timm's inception_resnet_v2, whose weights load 
 
 from fastcnn import chain, nn
 from fastcnn.models.network import Entry, Network, check_layers
-from fastcnn.nn.blocks import call, shared
+from fastcnn.nn.blocks import call, is_plain, shared
 from fastcnn.nn.inception_blocks import BasicConv2d, Branches, Convolutions
 
 
@@ -30,7 +30,9 @@ class InceptionResidual(Branches):
 
     def values(self, x):
         x = shared(self, x)
-        out = call(self.conv2d, super().values(x)) * self.scale
+        out = super().values(x)
+        plain = is_plain(self.conv2d)
+        out = chain.conv(out, self.conv2d, factor=self.scale) if plain else call(self.conv2d, out) * self.scale
         return call(self.act, chain.add(shared(self, out), x))
 
 
