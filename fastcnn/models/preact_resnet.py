@@ -6,6 +6,8 @@ The parameter names are those of timm's resnetv2_50, whose weights load unchange
 from collections import OrderedDict
 from functools import partial
 
+import torch
+
 from fastcnn import chain, nn
 from fastcnn.models.cifar_resnet import ZeroPaddedShortcut
 from fastcnn.models.network import Entry, Network, check_layers
@@ -99,7 +101,7 @@ class PreActResNet(Network):
         self.head = nn.Sequential(OrderedDict(fc=nn.Conv2d(channels, num_classes, 1)))
         self.feature_stages = ("stem.conv", *(f"stages.{i}" for i in range(len(layers))))
         for module in (*self.stem.modules(), *self.stages.modules()):
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, torch.nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.head.fc.weight, std=0.01)
         nn.init.zeros_(self.head.fc.bias)

@@ -7,6 +7,8 @@ channels. The parameter names are those of torchvision's networks (resnet200: ti
 
 from functools import partial
 
+import torch
+
 from fastcnn import nn
 from fastcnn.models.network import Entry, Network, check_layers
 from fastcnn.names import check_name
@@ -108,7 +110,7 @@ class ResNet(Network):
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, torch.nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, block):
                 nn.init.zeros_((module.bn2 if block is nn.BasicBlock else module.bn3).weight)
