@@ -42,6 +42,11 @@ ROWS = [
     Row("alexnet", 61_100_840, "torchvision:alexnet", small={"width_mult": 0.125}),
     Row("alexnet_lrn", 62_378_344, size=67),
     Row("alexnet_towers", 60_965_224, size=67, small={"width_mult": 0.125, "bias": 0.0}),
+    Row(
+        "overfeat", 145_920_872, size=103, lr=3e-3,
+        small={"widths": (8, 8, 8, 8, 8), "hidden": (16, 16), "image_size": 103, "std": 0.1},
+    ),  # fmt: skip
+    Row("overfeat_accurate", 144_656_488),
     Row("zfnet", 107_627_624, small={"width_mult": 0.125}),
     Row("vgg11", 132_863_336, "torchvision:vgg11", small={"width_mult": 0.125}),
     Row("vgg13", 133_047_848, "torchvision:vgg13"),

@@ -11,11 +11,17 @@ import inspect
 import pkgutil
 
 from fastcnn.models import weights
+from fastcnn.models.detection import Detector, merge_boxes
+from fastcnn.models.ensemble import Ensemble
+from fastcnn.models.fully_convolutional import FullyConvolutional, to_fully_convolutional
 from fastcnn.models.network import Entry, Network
 from fastcnn.names import check_name
 from fastcnn.nn.blocks import unfuse
 
-__all__ = ["Entry", "Network", "create_model", "list_models"]
+__all__ = [
+    "Detector", "Ensemble", "Entry", "FullyConvolutional", "Network", "create_model", "list_models", "merge_boxes",
+    "to_fully_convolutional",
+]  # fmt: skip
 MODELS = {}
 
 
