@@ -15,6 +15,7 @@ from fastcnn.testing import assert_close_to_truth, assert_matches, run_with_grad
 
 LANES = ("triton", "cpu")
 bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+SLOPE = 0.2  # of the leaky ReLU before the gate, not its default
 # sizes of images [N, C, H, W], of the hidden layer and of the output
 SHAPES = {
     "odd": ((3, 21, 7, 5), 5, 11),
@@ -80,14 +81,14 @@ def modules(x, *parameters, training=True):
 
 def of_chain(kinds, end, *inputs, **how):
     conv0, norm0, fc1, fc2, conv3, norm3 = modules(*inputs, **how)
-    slope = 0.01 if kinds[0] == "leaky_relu" else 0.0
+    slope = SLOPE if kinds[0] == "leaky_relu" else 0.0
     x = chain.activate(chain.conv_batch_norm(inputs[0], conv0, norm0), kinds[0], slope)
     return chain.materialize(end(CHAIN, chain.squeeze_excite(x, fc1, fc2, *kinds[1:]), inputs[0], conv3, norm3))
 
 
 def of_torch(kinds, end, *inputs, **how):
     conv0, norm0, fc1, fc2, conv3, norm3 = modules(*inputs, **how)
-    z = activation_reference(PYTORCH.conv_norm(inputs[0], conv0, norm0), kinds[0])
+    z = activation_reference(PYTORCH.conv_norm(inputs[0], conv0, norm0), kinds[0], SLOPE)
     hidden = small(F.conv2d(z.mean((2, 3), keepdim=True), fc1.weight, fc1.bias), kinds[1])
     gate = small(F.conv2d(hidden, fc2.weight, fc2.bias), kinds[2])
     return end(PYTORCH, z * gate, inputs[0], conv3, norm3)
@@ -167,6 +168,13 @@ def test_activations(lane, activation):
         kinds = ("none", "relu", "sigmoid")
         functions = (_affine_chain, _affine_torch)
     assert_matches(*functions, *tensors(lane.device, fp32, "odd"))
+
+
+def test_slope_of_the_activation_on_pytorchs_functions():
+    kinds = ("leaky_relu", "relu", "sigmoid")
+    functions = (lambda *inputs, f=f: f(kinds, one_by_one, *inputs) for f in (of_chain, of_torch))
+    with fastcnn.backend("torch"):
+        assert_matches(*functions, *tensors("cpu", fp64, "odd"))
 
 
 def _affine_chain(*inputs):

@@ -131,11 +131,11 @@ def backward(dz, x, scale, shift, layers, saved, form, needs, backend):
     return Gradients(gate, add, vectors, Layers(*grads))
 
 
-def _activation_backward(grad, t, kind):
+def _activation_backward(grad, t, kind, slope=0.01):
     """(f(t), grad * f'(t))"""
     with torch.enable_grad():
         t = t.detach().requires_grad_()
-        f = activation_reference(t, kind)
+        f = activation_reference(t, kind, slope)
     return f.detach(), torch.autograd.grad(f, t, grad)[0]
 
 
@@ -148,8 +148,8 @@ def _products(dz, x, scale, shift, form, backend):
     if form.activation == "none":
         f, du, slope = u, dz, torch.ones_like(u)
     else:
-        f, du = _activation_backward(dz, u, form.activation)
-        slope = _activation_backward(torch.ones_like(u), u, form.activation)[1]
+        f, du = _activation_backward(dz, u, form.activation, form.slope)
+        slope = _activation_backward(torch.ones_like(u), u, form.activation, form.slope)[1]
     return torch.stack([t.sum((2, 3)) for t in (dz * f, du * x, du, slope * x, slope)])
 
 
