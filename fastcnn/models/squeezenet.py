@@ -9,6 +9,7 @@ from functools import partial
 from fastcnn import chain, nn
 from fastcnn.models.network import Entry, Network
 from fastcnn.nn.blocks import Block, call, conv_act, shared
+from fastcnn.ops.concatenate import Buffer
 
 # of each fire module (channels of squeeze, of each half of expand), "pool" where one stands between them
 FIRES = {
@@ -20,7 +21,7 @@ FIRES = {
 class Fire(Block):
     """A fire module: 1x1 filters to few channels, then 1x1 and 3x3 filters of these, side by side. torchvision's keys.
 
-    Nothing is stored before the concatenation, whose ReLU the next layer applies.
+    In training both halves are written into one memory before their ReLU, which the next layer applies.
 
     Args:
         inputs: input channels.
@@ -39,8 +40,10 @@ class Fire(Block):
 
     def values(self, x):
         x = shared(self, conv_act(x, self.squeeze, self.squeeze_activation))
-        ones = conv_act(x, self.expand1x1, self.expand1x1_activation)
-        threes = conv_act(x, self.expand3x3, self.expand3x3_activation)
+        first = self.expand1x1.out_channels
+        buffer = Buffer(first + self.expand3x3.out_channels)
+        ones = conv_act(x, self.expand1x1, self.expand1x1_activation, buffer.slot(0))
+        threes = conv_act(x, self.expand3x3, self.expand3x3_activation, buffer.slot(first))
         return chain.cat([ones, threes])
 
 

@@ -75,9 +75,10 @@ def conv_norm(x, conv, bn, out=None):
     return call(bn, call(conv, x))
 
 
-def conv_act(x, conv, act):
-    """act(conv(x)), in training a value: whoever reads it applies the activation."""
-    x = shared(conv, call(conv, x))
+def conv_act(x, conv, act, out=None):
+    """act(conv(x)), in training a value: whoever reads it applies the activation; `out` as of conv_norm."""
+    in_slot = out is not None and type(conv) in _CONVOLUTIONS and conv.padding_mode == "zeros" and is_plain(conv)
+    x = shared(conv, chain.conv(x, conv, out=out) if in_slot else call(conv, x))
     return act(x) if isinstance(x, torch.Tensor) or not is_plain(act) else _activation(act, x)
 
 
