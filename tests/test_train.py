@@ -502,11 +502,26 @@ def test_learning_rate_and_best():
         (dict(data_dir=5), TypeError, "data_dir must be str or None, got 5"),
         (dict(model="lenet6"), ValueError, "did you mean 'lenet5'"),
         (dict(data="mnits"), ValueError, "did you mean 'mnist'"),
+        (dict(model_args={"in_chans": 3}), ValueError, "model_args must leave in_chans to the trainer, got 3 for it"),
     ],
 )
 def test_config_mistakes_are_named(options, error, message):
     with pytest.raises(error, match=message):
         TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "model, args, message",
+    [
+        ("resnet20_cifar", {"stochastic_depth": "x"}, "model_args {'stochastic_depth': 'x'} do not fit resnet20_cifar"),
+        ("resnet20_cifar", {"layers": [1, 1]}, r"layers must be 3 positive ints.* got \[1, 1\]"),
+        ("resnet20_cifar", {"depth": 20}, "unknown option of resnet20_cifar 'depth'"),
+        ("zfnet", {"width_mult": 0.1}, r"ZFNet takes images of shape .* of at least 47, got \[32, 1, 32, 32\]"),
+    ],
+)
+def test_options_that_do_not_fit_the_network(tmp_path, model, args, message):
+    with pytest.raises(ValueError, match=message):
+        train(config(tmp_path / "run", model=model, model_args=args))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

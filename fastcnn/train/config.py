@@ -73,6 +73,9 @@ class TrainConfig:
             setattr(self, spec.name, _check(spec, getattr(self, spec.name)))
         check_name("model", self.model, list_models())
         check_name("data set", self.data, DATA)
+        for name in ("num_classes", "in_chans", "features_only", "out_indices"):
+            if name in self.model_args:
+                raise ValueError(f"model_args must leave {name} to the trainer, got {self.model_args[name]!r} for it")
         if self.label_smoothing > 1:
             raise ValueError(f"label_smoothing must be at most 1, got {self.label_smoothing}")
         if self.ema_decay is not None and self.ema_decay >= 1:
