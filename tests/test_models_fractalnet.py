@@ -52,6 +52,13 @@ def test_one_column_alone_is_a_plain_network(index, fused, monkeypatch):
         model.column(3)
 
 
+def test_weights_are_drawn_uniformly_after_xavier():
+    model = small(channels=(24, 32))
+    for conv in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+        bound = (6 / (9 * (conv.in_channels + conv.out_channels))) ** 0.5
+        assert 0.95 * bound < float(conv.weight.detach().abs().max()) <= bound
+
+
 def test_at_test_time_joins_are_means():
     model, x = small().eval(), torch.randn(2, 3, 16, 16)
     a, b, c = model.block1.columns

@@ -139,7 +139,7 @@ class FractalNet(Network):
         joins = [[k in ending for k in range(columns)] for ending in _rows(columns) if len(ending) > 1]
         self.register_buffer("joins", torch.tensor(joins).view(-1, columns, 1), persistent=False)
         for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if isinstance(module, (torch.nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(self.fc.bias)
 
