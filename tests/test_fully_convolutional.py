@@ -356,6 +356,10 @@ REFUSED = {
         lambda: create_model("efficientnet_b0"), 64, r"^features\.1\.0\.block\.1 \(SqueezeExcite\) .* whole image",
     ),
     "group norm": (lambda: head(nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(144, 2)), 8, r"^1 \(GroupNorm\) "),
+    "batch norm without running statistics": (
+        lambda: head(nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten(), nn.Linear(144, 2)), 8,
+        r"^1 \(BatchNorm2d\) normalises with the statistics",
+    ),
     "uneven pool": (
         lambda: head(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 2)), 8, "pools a map of 6 x 6 to 4 x 4",
     ),
