@@ -109,6 +109,11 @@ def test_weights_are_drawn_as_in_the_library(name):
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
+def test_features_are_timms():
+    mine, theirs = create_model("resnetv2_50", layers=(1, 1, 1, 1)), stock("resnetv2_50", [1, 1, 1, 1])
+    assert mine.feature_info(64) == theirs.feature_info
+
+
 def test_dilation_and_zeroed_residuals_are_torchvisions():
     options = dict(
         zero_init_residual=True, replace_stride_with_dilation=[False, True, True], groups=2, width_per_group=16
@@ -168,7 +173,7 @@ def stochastic(p=0.4, mode="batch"):
 
 @pytest.mark.parametrize("unfused", [False, True])
 def test_a_batch_drops_a_branch_without_computing_it(unfused):
-    block = stochastic()
+    block = stochastic(0.2)
     if unfused:
         ours.blocks.unfuse(block)
     x = torch.rand(3, 4, 6, 6, dtype=torch.float64, requires_grad=True)
@@ -186,7 +191,7 @@ def test_a_batch_drops_a_branch_without_computing_it(unfused):
             else:
                 dropped += 1
                 assert torch.equal(y, block.downsample(x)) and block.conv1.weight.grad is None
-    assert 16 <= kept <= 32 and kept + dropped == 40
+    assert 25 <= kept <= 38 and kept + dropped == 40
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -218,11 +223,11 @@ def test_stochastic_depth_grows_linearly():
 
 @pytest.mark.parametrize("mode", ["batch", "row"])
 def test_stochastic_depth_is_one_graph(mode):
-    block = ours.blocks.unfuse(stochastic(0.5, mode))
+    block = ours.blocks.unfuse(stochastic(0.75, mode))
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     x = torch.rand(2, 4, 6, 6, dtype=torch.float64)
     shortcuts = [torch.equal(compiled(x), block.downsample(x)) for _ in range(20)]
-    assert any(shortcuts) and not all(shortcuts)
+    assert (11 if mode == "batch" else 6) <= sum(shortcuts) < 20  # 15, or 11 of both images
     torch.testing.assert_close(compiled.eval()(x), block.eval()(x))
 
 
