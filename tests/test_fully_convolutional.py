@@ -265,6 +265,20 @@ def test_learns_and_leaves_the_classifier_as_it_was():
     assert model.training and model.fc.weight.dim() == 2
 
 
+def test_frozen_parts_stay_frozen():
+    model = head(nn.BatchNorm2d(4), nn.Dropout(), nn.Flatten(), nn.Linear(144, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    model[1].eval()
+    model[5].eval()
+    model[4].weight.requires_grad_(False)
+    model[6].bias.requires_grad_(False)
+    slid = to_fully_convolutional(model, 8)
+    training = {name: slid.head.get_submodule(name).training for name in "456"}
+    assert training == {"4": True, "5": False, "6": True}
+    assert not slid.trunk.get_submodule("1").training and slid.trunk.get_submodule("2").training
+    frozen = [name for name, p in slid.named_parameters() if not p.requires_grad]
+    assert frozen == ["head.4.weight", "head.6.bias"]
+
+
 def test_dropout_is_a_layer_again():
     slid = to_fully_convolutional(Functional(HEADS["flattened"]).train(), (9, 7))
     images = torch.randn(1, 3, 11, 9)

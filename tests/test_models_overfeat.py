@@ -214,6 +214,21 @@ def test_detections():
     assert all(len(one["boxes"]) == 0 for one in detector.detect(images, threshold=1.1))
 
 
+def test_boxes_of_resized_images_are_pixels_of_the_image():
+    detector = tiny_detector()
+    images = torch.randn(1, 1, 20, 35)
+    # 20 * 1.46 = 29.2, 35 * 1.46 = 51.1
+    resized = nn.functional.interpolate(images, (29, 51), mode="bilinear", antialias=True)
+    with torch.no_grad():
+        scores, boxes = detector(resized)
+        boxes = boxes[0].flatten(1).t() * torch.tensor([35 / 51, 20 / 29, 35 / 51, 20 / 29])
+        probabilities = scores.softmax(1)[0].flatten(1)
+        expected, votes = merge_boxes(boxes, probabilities[probabilities.amax(1).argmax()])
+    found = detector.detect(images, scales=(1.46,), threshold=0.0)[0]
+    torch.testing.assert_close(found["boxes"], expected)
+    torch.testing.assert_close(found["scores"], votes)
+
+
 def test_docstring_examples_run():
     names = {"torch": torch, "fastcnn": fastcnn, "create_model": create_model}
     found = doctest.DocTestFinder().find(detection, extraglobs=names)
