@@ -1,4 +1,4 @@
-"""fastcnn.convert on networks that nobody here wrote: torchvision's families and timm's, against themselves."""
+"""fastcnn.convert on torchvision's families, small ones of them, against themselves. test_world.py has timm's."""
 
 import copy
 
@@ -10,7 +10,6 @@ import fastcnn
 from fastcnn.benchmarks.networks import import_torchvision
 
 models = import_torchvision().models
-timm = pytest.importorskip("timm")
 
 # of every family one that is small, and the size of its images
 TORCHVISION = {
@@ -86,44 +85,3 @@ def test_torchvision_in_fp32_within_the_error_rule(name):
     fastcnn.convert(model)
     result = fastcnn.verify(model, torch.randn(8, 3, size, size))
     assert result.ok, result
-
-
-# timm's networks: batch norms fused with their convolution, in a dense block, and of other tensors (the input, a sum,
-# a concatenation, the output of a convolution that is not torch.nn's or has other readers). None stays
-TIMM = {
-    "resnet18": (20, 0, 0), "resnetblur18": (20, 0, 0), "resnetv2_18": (8, 0, 9),
-    "seresnet18": (20, 0, 0), "skresnet18": (36, 0, 0), "ecaresnet26t": (31, 0, 0), "resnest14d": (23, 0, 0),
-    "legacy_seresnet18": (20, 0, 0), "dla34": (37, 0, 0), "dpn48b": (33, 0, 21), "densenet121": (1, 116, 4),
-    "ese_vovnet19b_dw": (23, 0, 0), "repvgg_a0": (44, 0, 17),
-    "mobilenetv1_100": (27, 0, 0), "mobilenetv2_050": (52, 0, 0), "mobilenetv3_small_050": (34, 0, 0),
-    "lcnet_050": (27, 0, 0), "mnasnet_small": (46, 0, 0), "semnasnet_050": (49, 0, 0), "spnasnet_100": (64, 0, 0),
-    "fbnetc_100": (65, 0, 0), "hardcorenas_a": (34, 0, 0), "tinynet_e": (31, 0, 0), "mixnet_s": (15, 0, 34),
-    "efficientnet_lite0": (49, 0, 0), "tf_efficientnet_b0": (44, 0, 5), "tf_mobilenetv3_small_075": (29, 0, 5),
-    "regnetx_002": (44, 0, 0), "regnety_002": (44, 0, 0), "ghostnet_050": (80, 0, 0), "rexnet_100": (62, 0, 0),
-    "starnet_s1": (35, 0, 1), "repghostnet_050": (80, 0, 32),
-}  # fmt: skip
-KINDS = ("with ", "in a dense block", "of what")
-
-
-@pytest.mark.parametrize("name", TIMM)
-def test_one_step_of_timm_in_fp64(name):
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).double()
-    stock = copy.deepcopy(model)
-    report = fastcnn.convert(model)
-    norms = [name for name, m in stock.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    notes = [report.fused[name] for name in norms]
-    assert tuple(sum(note.startswith(kind) for note in notes) for kind in KINDS) == TIMM[name], report
-    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    with fastcnn.backend("torch"):
-        results = []
-        for net in (model, stock):
-            torch.manual_seed(1)
-            output = net(images)
-            output.square().sum().backward()
-            results.append([output.detach(), torch.rand(1), *(p.grad for p in net.parameters())])
-        largest = max(float(t.abs().max()) for t in results[1][2:] if t is not None)
-        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9 * largest)
-        torch.testing.assert_close(model.state_dict(), stock.state_dict(), rtol=1e-8, atol=1e-10)
-    fastcnn.revert(model)
-    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
