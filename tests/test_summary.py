@@ -5,6 +5,7 @@ import functools
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,32 +136,71 @@ def test_lenet5():
     assert found.macs == 28**2 * 6 * 25 + 10**2 * 16 * 25 * 6 + 400 * 120 + 120 * 84 + 84 * 10
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("torchvision:squeezenet1_1", "torchvision:googlenet"),
+        *(
+            pytest.param(name, marks=pytest.mark.nightly)
+            for name in (
+                "torchvision:densenet121",
+                "torchvision:efficientnet_b0",
+                "timm:seresnet50",
+                "timm:resnetv2_50",
+            )
+        ),
+    ],
+)
+def test_the_same_however_a_network_is_written(name):
+    ours, theirs = summary(create_model(name.partition(":")[2]), image_size=224), counted(name)
+    assert [replace(row, name="", kind="") for row in ours.rows] == [
+        replace(row, name="", kind="") for row in theirs.rows
+    ]
+    assert ours.macs == theirs.macs > 0
+
+
 @pytest.mark.parametrize("size, kernel, stride, padding", [(227, 11, 4, 0), (32, 5, 1, 2), (7, 3, 2, 1), (9, 2, 3, 0)])
 def test_output_size_is_n_plus_2p_minus_f_over_s_plus_1(size, kernel, stride, padding):
     row = summary(nn.Conv2d(3, 8, kernel, stride, padding), (3, size, size)).rows[-1]
     assert row.output == (*[(size + 2 * padding - kernel) // stride + 1] * 2, 8)
 
 
-@pytest.mark.parametrize("name", ["resnet50", "mobilenet_v2", "densenet121", "timm:convnext_atto"])
+FAMILIES = (
+    *("resnet26t ecaresnet26t resnetblur50 skresnet18 res2net50_26w_4s resnest14d regnetz_b16 mixnet_s").split(),
+    *("mobilenetv4_conv_small ghostnetv2_100 hrnet_w18_small dla34 dpn48b ese_vovnet19b_dw cspdarknet53").split(),
+    *("xception41 nasnetalarge pnasnet5large repvgg_a0 mobileone_s0 fastvit_t8 convnextv2_atto nfnet_l0").split(),
+    *("tresnet_m selecsls42b rexnet_100 poolformer_s12 botnet26t_256 halonet26t swin_tiny_patch4_window7_224").split(),
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet50", "mobilenet_v2", "timm:convnext_atto"),
+        *(pytest.param(f"timm:{name}", marks=pytest.mark.nightly) for name in FAMILIES),
+    ],
+)
 def test_multiply_adds_are_half_of_pytorch_s_flops(name):
-    model = networks.build_on_meta(name).eval()
+    model = networks.build_on_meta(name).to("meta").eval()
+    shape = networks.input_shape(name) if name.startswith("timm:") else (3, 64, 64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, 64, 64, device="meta"))
-    assert 2 * summary(model, image_size=64).macs == counter.get_total_flops()
+        model(torch.empty(1, *shape, device="meta"))
+    assert 2 * summary(model, shape).macs == counter.get_total_flops()
 
 
 # torchvision's figures of these, and nightly of the others
 PUBLISHED = (
-    *("alexnet convnext_tiny densenet121 efficientnet_b4 googlenet inception_v3 mnasnet1_0 mobilenet_v3_small").split(),
-    *("regnet_y_400mf resnet18 shufflenet_v2_x1_0 squeezenet1_1 vgg13_bn").split(),
+    *("alexnet convnext_tiny googlenet inception_v3 mnasnet1_0 mobilenet_v3_small resnet18 shufflenet_v2_x1_0").split(),
+    *("squeezenet1_1 vgg13_bn").split(),
 )
 NIGHTLY = (
-    *("convnext_base convnext_large convnext_small densenet161 densenet169 densenet201 efficientnet_b0").split(),
-    *("efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b5 efficientnet_b6 efficientnet_b7").split(),
-    *("efficientnet_v2_l efficientnet_v2_m efficientnet_v2_s maxvit_t mnasnet0_5 mnasnet0_75 mnasnet1_3").split(),
-    *("mobilenet_v2 mobilenet_v3_large regnet_x_400mf regnet_x_8gf regnet_y_8gf resnet34 resnet50 resnet101").split(),
-    *("resnet152 resnext50_32x4d resnext101_32x8d resnext101_64x4d shufflenet_v2_x0_5 shufflenet_v2_x2_0").split(),
-    *("squeezenet1_0 vgg11 vgg13 vgg16 vgg19 vgg11_bn vgg16_bn vgg19_bn wide_resnet50_2 wide_resnet101_2").split(),
+    *("densenet121 efficientnet_b4 regnet_y_400mf convnext_base convnext_large convnext_small densenet161").split(),
+    *("densenet169 densenet201 efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3").split(),
+    *("efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l efficientnet_v2_m").split(),
+    *("efficientnet_v2_s maxvit_t mnasnet0_5 mnasnet0_75 mnasnet1_3 mobilenet_v2 mobilenet_v3_large").split(),
+    *("regnet_x_400mf regnet_x_8gf regnet_y_8gf resnet34 resnet50 resnet101 resnet152 resnext50_32x4d").split(),
+    *("resnext101_32x8d resnext101_64x4d shufflenet_v2_x0_5 shufflenet_v2_x2_0 squeezenet1_0 vgg11 vgg13").split(),
+    *("vgg16 vgg19 vgg11_bn vgg16_bn vgg19_bn wide_resnet50_2 wide_resnet101_2").split(),
 )
 
 
@@ -193,7 +233,7 @@ def test_published_receptive_fields(name):
     assert last_field(counted(name, size)) == (field, field)
 
 
-@pytest.mark.parametrize("name, field", [("resnet50", 483), ("resnet101", 1027), ("resnet152", 1507)])
+@pytest.mark.parametrize("name, field", [("resnet50", 483), pytest.param("resnet152", 1507, marks=pytest.mark.nightly)])
 def test_published_receptive_fields_of_resnets(name, field):
     # that table's ResNets halve the image in a stage's last block, torchvision's in its first
     model = networks.build_on_meta(f"torchvision:{name}")
@@ -221,6 +261,10 @@ SEEN = {
     "chunks": Functions(lambda m, x: torch.cat([m.a(x[:, :1]), x.chunk(2, 1)[1]], 1), a=nn.Conv2d(1, 1, 3, 1, 1)),
     "nhwc": Functions(
         lambda m, x: m.b(m.a(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)), a=nn.Linear(2, 3), b=nn.Conv2d(3, 2, 3, 2)
+    ),
+    "space to depth": Functions(
+        lambda m, x: m.a(x.view(1, 2, 7, 4, 14, 2).permute(0, 3, 5, 1, 2, 4).reshape(1, 16, 7, 14)),
+        a=nn.Conv2d(16, 2, 3),
     ),
     "unshuffled": nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(8, 2, 3)),
 }  # fmt: skip
@@ -253,6 +297,7 @@ def seen_by(model, image):
     return found
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("name", [*SEEN, *NEVER_LESS])
 def test_receptive_fields_are_where_gradients_go(name):
     model, size = (SEEN | NEVER_LESS)[name], 28
@@ -275,6 +320,8 @@ def test_what_sees_the_whole_image():
     rows = {row.name: row for row in summary(model, (4, 16, 16)).rows}
     assert rows["mean"].field is None and rows["mul"].field is None and rows["conv"].field is None
     assert rows["conv"].jump == (0, 0) and "whole image" in str(summary(model, (4, 16, 16)))
+    mixed = summary(nn.Sequential(nn.Linear(16, 9), nn.Conv2d(4, 2, 3)), (4, 12, 16)).rows
+    assert [row.field for row in mixed] == [(1, 1), (1, 16), (3, 16)]
     attention = Functions(lambda m, x: (x.flatten(2) @ x.flatten(2).mT).softmax(-1) @ x.flatten(2))
     assert summary(attention, (4, 6, 6)).rows[-1].field is None
 

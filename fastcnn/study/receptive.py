@@ -85,7 +85,7 @@ def _after(call, read, shape):
     if op in GLOBAL:
         return tuple(replace(WHOLE, dim=f.dim) for f in own)
     if op == "linear":
-        return tuple(WHOLE if f.dim == len(before) - 1 else f for f in own)
+        return tuple(replace(WHOLE, dim=f.dim) if f.dim == len(before) - 1 else f for f in own)
     if op == "fractional_max_pool2d":
         kernel = attrs.get("kernel_size", 1)
         kernel = kernel if isinstance(kernel, tuple) else (kernel,) * len(own)
@@ -218,8 +218,10 @@ def _reshaped(field, before, shape):
         return field
     size, inner = before[field.dim], math.prod(before[field.dim + 1 :])
     for dim, wanted in enumerate(shape):
-        if size > 1 and wanted == size and math.prod(shape[dim + 1 :]) == inner:
-            return replace(field, dim=dim)
+        # the positions, or the blocks of them that the dimension is split into
+        block = size // wanted if wanted > 1 else 0
+        if block * wanted == size > 1 and math.prod(shape[dim + 1 :]) == inner * block:
+            return _spread(replace(field, dim=dim), 0, block - 1, block)
     same = len(before) == len(shape) and before[field.dim :] == shape[field.dim :]
     return field if same else field.over(size)
 

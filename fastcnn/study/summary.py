@@ -268,9 +268,11 @@ class _Rows:
         seen = self.seen[value]
         positions = [1 if f.dim is None else shape[f.dim] for f in seen]
         merged = [f.over(n) if n == 1 else f for f, n in zip(seen, positions, strict=True)]
-        if all(f.sees_all(n) or math.isinf(f.size) for f, n in zip(merged, self.image, strict=True)):
+        whole = [f.sees_all(n) or math.isinf(f.size) for f, n in zip(merged, self.image, strict=True)]
+        if all(whole):
             return {"field": None, "jump": tuple(0 for _ in seen)}
-        return {"field": tuple(f.size for f in merged), "jump": tuple(_number(f.jump) for f in merged)}
+        sizes = tuple(n if all_ else f.size for f, n, all_ in zip(merged, self.image, whole, strict=True))
+        return {"field": sizes, "jump": tuple(_number(f.jump) for f in merged)}
 
 
 def multiply_adds(call):
