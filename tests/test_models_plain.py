@@ -65,10 +65,16 @@ def test_network_in_network_layer_by_layer():
     assert sizes("nin", nn.Conv2d)[-1] == [1000, 6, 6]
 
 
-def test_two_towers_run_apart():
-    model = without_chance(create_model("alexnet_towers", num_classes=5, width_mult=0.125)).double()
+def drawn(name, **options):
+    """Without dropout, in fp64, with weights and biases that leave no layer idle."""
+    model = without_chance(create_model(name, num_classes=5, **options)).double()
     for parameter in model.parameters():
         parameter.data.copy_(torch.randn_like(parameter) / parameter[0].numel() ** 0.5)
+    return model
+
+
+def test_two_towers_run_apart():
+    model = drawn("alexnet_towers", width_mult=0.125)
     images = torch.randn(2, 3, 99, 83, dtype=torch.float64)
 
     def half(layer, tower):
@@ -96,6 +102,41 @@ def test_two_towers_run_apart():
         x = F.linear(x, layer.weight, layer.bias).relu()
     with fastcnn.backend("torch"):
         torch.testing.assert_close(model(images), model.fc8(x))
+
+
+def test_network_in_network_by_hand():
+    model = drawn("nin_cifar")
+    images = x = torch.randn(2, 3, 18, 15, dtype=torch.float64)
+    for i, pool in enumerate((F.max_pool2d, F.avg_pool2d, None), 1):
+        for j, padding in enumerate((1 if i == 3 else 2, 0, 0)):
+            layer = model.get_submodule(f"mlpconv{i}.{2 * j}")
+            x = F.conv2d(x, layer.weight, layer.bias, padding=padding).relu()
+        x = x.mean((2, 3)) if pool is None else pool(x, 3, 2, ceil_mode=True)
+    with fastcnn.backend("torch"):
+        torch.testing.assert_close(model(images), x)
+
+
+def test_zfnet_by_hand():
+    model = drawn("zfnet", width_mult=0.125)
+    images = x = torch.randn(2, 3, 99, 83, dtype=torch.float64)
+    for i, (stride, padding) in enumerate(((2, 1), (2, 0), (1, 1), (1, 1), (1, 1)), 1):
+        layer = model.get_submodule(f"conv{i}")
+        x = F.conv2d(x, layer.weight, layer.bias, stride, padding).relu()
+        x = x if i in (3, 4) else F.max_pool2d(x, 3, 2, ceil_mode=True)
+        x = F.local_response_norm(x, 5, 5e-4, 0.75, 2.0) if i < 3 else x
+    x = F.adaptive_avg_pool2d(x, 6).flatten(1)
+    for layer in (model.fc6, model.fc7):
+        x = F.linear(x, layer.weight, layer.bias).relu()
+    with fastcnn.backend("torch"):
+        torch.testing.assert_close(model(images), model.fc8(x))
+
+
+def test_mlp_by_hand():
+    model = drawn("mlp", hidden=(7, 6), in_chans=2, image_size=3)
+    images = torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    x = F.linear(images.flatten(1), model.hidden[1].weight, model.hidden[1].bias).relu()
+    x = F.linear(x, model.hidden[3].weight, model.hidden[3].bias).relu()
+    torch.testing.assert_close(model(images), F.linear(x, model.fc.weight, model.fc.bias))
 
 
 def test_alexnet_starts_as_in_the_paper():
