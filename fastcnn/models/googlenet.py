@@ -164,8 +164,8 @@ class GoogLeNet(AuxiliaryNetwork):
         super().__init__(num_classes, in_chans, transform_input)
         if large_kernel not in (3, 5):
             raise ValueError(f"large_kernel must be 3 or 5, got {large_kernel!r}")
-        if len(widths) != 3 or not all(widths):
-            raise ValueError(f"widths must be of three stages of at least one module each, got {widths!r}")
+        if len(widths) != 3 or not all(widths) or any(len(row) != 6 for rows in widths for row in rows):
+            raise ValueError(f"widths must be of three stages of at least one row of six numbers, got {widths!r}")
         self.conv1 = BasicConv2d(in_chans, 64, 7, 2, 3)
         self.maxpool1 = nn.MaxPool2d(3, 2, ceil_mode=True)
         self.conv2 = BasicConv2d(64, 64)
@@ -173,11 +173,12 @@ class GoogLeNet(AuxiliaryNetwork):
         self.maxpool2 = nn.MaxPool2d(3, 2, ceil_mode=True)
         channels, stages, body = 192, [], ["conv1", "maxpool1", "conv2", "conv3", "maxpool2"]
         for number, rows in enumerate(widths, 3):
-            names = [f"inception{number}{letter}" for letter, _ in zip("abcdefgh", rows, strict=False)]
+            names = [f"inception{number}{chr(ord('a') + i)}" for i in range(len(rows))]
             for name, row in zip(names, rows, strict=True):
-                ch1x1, _, ch3x3, _, ch5x5, _ = row
-                module = NaiveInception(channels, ch1x1, ch3x3, ch5x5, large_kernel) if naive else None
-                module = module or Inception(channels, *row, large_kernel)
+                if naive:
+                    module = NaiveInception(channels, row[0], row[2], row[4], large_kernel)
+                else:
+                    module = Inception(channels, *row, large_kernel)
                 self.add_module(name, module)
                 channels = module.out_channels
             stages.append(names)
