@@ -191,9 +191,10 @@ PADDED = {
     "googlenet": (lambda: torchvision_model("googlenet", init_weights=False), "inception5b", {}),
     "resnet10t": (lambda: networks.build("timm:resnet10t", 5), "layer4", None),
 }  # fmt: skip
+LARGE = ("googlenet", "shufflenet_v2_x0_5")
 
 
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.nightly) if n in LARGE else n for n in PADDED])
 def test_padded_networks_cut_the_features(name):
     make, module, options = PADDED[name]
     torch.manual_seed(0)
@@ -210,6 +211,23 @@ def test_padded_networks_cut_the_features(name):
             size = chain.materialize(slid.features(images[:, :, :64, :64])).shape[2:]
             torch.testing.assert_close(found, cut_features(theirs, module, images, found.shape[2:], size))
             torch.testing.assert_close(slid(images[:, :, :64, :64])[:, :, 0, 0], theirs(images[:, :, :64, :64]))
+
+
+class Renormalised(nn.Module):
+    """torchvision's transform_input, for weights of another source."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        red = torch.unsqueeze(x[:, 0], 1) * 0.4 - 0.1
+        green, blue = (torch.unsqueeze(x[:, i], 1) * 0.5 + 0.1 * i for i in (1, 2))
+        return self.fc(self.conv(torch.cat((red, green, blue), 1)).square().mean((2, 3)))
+
+
+def test_channels_taken_apart():
+    assert_windows(Renormalised().double(), 6, (8, 9), 3)
 
 
 def test_padding_alone_tells_windows_from_windows():

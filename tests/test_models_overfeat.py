@@ -106,12 +106,12 @@ def test_regression_follows_the_strides_of_the_classifier():
 
 
 def test_of_networks_of_ours():
-    detector = Detector(create_model("lenet5"), 32, hidden=(8, 4))
-    scores, boxes = detector(torch.randn(1, 1, 36, 44))
-    assert scores.shape == (1, 10, 2, 4) and boxes.shape == (1, 4, 2, 4)
-    (scores.square().mean() + boxes.square().mean()).backward()
-    assert all(p.grad is not None for p in detector.parameters())
     with fastcnn.backend("torch"):
+        detector = Detector(create_model("lenet5"), 32, hidden=(8, 4))
+        scores, boxes = detector(torch.randn(1, 1, 36, 44))
+        assert scores.shape == (1, 10, 2, 4) and boxes.shape == (1, 4, 2, 4)
+        (scores.square().mean() + boxes.square().mean()).backward()
+        assert all(p.grad is not None for p in detector.parameters())
         plain = Detector(create_model("lenet5", fused=False), 32, hidden=(8, 4))
         images = torch.randn(1, 1, 40, 36)
         compiled = torch.compile(plain, fullgraph=True, backend="eager")
@@ -212,6 +212,11 @@ def test_detections():
         assert float(one["scores"].sum()) == pytest.approx(3 * 4, rel=1e-4)
     assert all(torch.equal(tensor, before[key]) for key, tensor in detector.state_dict().items())
     assert all(len(one["boxes"]) == 0 for one in detector.detect(images, threshold=1.1))
+    for top in (0, 3):
+        with pytest.raises(ValueError, match=f"top must be of 1 to 2, the number of classes, got {top}"):
+            detector.detect(images, top=top)
+    with pytest.raises(ValueError, match="of at least 29 x 29"):
+        detector.detect(images, scales=(0.5,))
 
 
 def test_boxes_of_resized_images_are_pixels_of_the_image():

@@ -91,23 +91,28 @@ class Detector(Block):
 
     @torch.no_grad()
     def detect(self, images, scales=(1.0,), top=1, threshold=0.5):
-        """What is where: boxes of all windows of all scales, merged class by class.
+        """What is where: boxes of all windows of all scales, merged class by class. For a detector in evaluation.
 
         Args:
             images: [N, in_chans, H, W].
             scales: factors by which the images are resized, none of them to less than a window.
-            top: how many classes an image may show: those with the highest probability in any window.
+            top: how many classes an image may show: those with the highest probability in any window. From 1 to all.
             threshold: windows in which a class is less probable do not vote for it.
 
         Returns:
             of every image {"boxes": [M, 4], "labels": [M], "scores": [M]}, the highest score first. The score is the
             sum of the probabilities of the windows whose boxes were merged, and so may exceed 1.
+
+        Raises:
+            ValueError: top is not of 1 to the number of classes, or a scale leaves less than a window.
         """
         votes = [[] for _ in images]  # of every image (probabilities [windows, classes], boxes [windows, 4])
         for scale in scales:
             size = [round(side * scale) for side in images.shape[2:]]
             resized = images if scale == 1 else _resized(images, size)
             scores, boxes = self(resized)
+            if top not in range(1, scores.shape[1] + 1):
+                raise ValueError(f"top must be of 1 to {scores.shape[1]}, the number of classes, got {top!r}")
             factors = [a / b for a, b in zip(images.shape[2:], size, strict=True)][::-1] * 2
             boxes = boxes * boxes.new_tensor(factors)[:, None, None]
             for vote, score, box in zip(votes, scores.softmax(1), boxes, strict=True):

@@ -24,7 +24,7 @@ LOCAL = {"max_pool2d", "avg_pool2d", "lp_pool2d", "local_response_norm", "channe
 ELEMENTWISE = {
     "relu", "relu_", "relu6", "hardtanh", "leaky_relu", "elu", "silu", "gelu", "mish", "sigmoid", "tanh", "hardswish",
     "hardsigmoid", "clamp", "activate", "add", "add_", "iadd", "sub", "isub", "mul", "mul_", "imul", "multiply", "div",
-    "truediv", "neg", "contiguous", "clone", "float",
+    "truediv", "neg", "square", "abs", "sqrt", "exp", "contiguous", "clone", "float",
 }  # fmt: skip
 RESHAPING = {"flatten", "Flatten", "view", "reshape", "squeeze", "unsqueeze", "transpose", "getitem"}
 JOINING = {"cat", "concat"}
