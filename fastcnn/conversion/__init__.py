@@ -86,8 +86,10 @@ def _swap(module, name, selected, ops):
     cls = type(module)
     op = op_of(module)
     if op is None:
-        # a line for what has parameters and is no container
-        if list(module.children()) or not list(module.parameters(recurse=False)):
+        # a line for what has parameters and is no container; a norm may have an activation inside
+        inside = any(list(child.parameters()) for child in module.children())
+        of_pytorch = isinstance(module, parametrize.ParametrizationList)
+        if inside or of_pytorch or not list(module.parameters(recurse=False)):
             return None
         return Row(name, cls.__name__, "kept", f"no kernel for {cls.__module__}.{cls.__name__}")
     if not selected or op not in ops:
