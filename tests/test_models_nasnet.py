@@ -10,8 +10,8 @@ from torch import nn
 import fastcnn
 from fastcnn.benchmarks import networks
 from fastcnn.models import create_model
-from fastcnn.models.nasnet import NormalCell, ReductionCell, SameConv2d
 from fastcnn.nn.blocks import unfuse
+from fastcnn.nn.nasnet_blocks import NormalCell, ReductionCell, SameConv2d
 
 
 def theirs():
