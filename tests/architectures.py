@@ -122,8 +122,11 @@ ROWS = [
     Row("seresnext101_32x4d", 48_955_416, "timm:seresnext101_32x4d"),
     Row("senet154", 115_088_984, "timm:senet154"),
     Row(
-        "densenet121", 7_978_856, "torchvision:densenet121",
-        small={"block_config": (2, 1), "growth_rate": 8, "num_init_features": 16}, lr=4e-3,
+        "densenet121",
+        7_978_856,
+        "torchvision:densenet121",
+        small={"block_config": (2, 1), "growth_rate": 8, "num_init_features": 16},
+        lr=4e-3,
     ),
     Row("densenet161", 28_681_000, "torchvision:densenet161"),
     Row("densenet169", 14_149_480, "torchvision:densenet169"),
