@@ -196,11 +196,33 @@ def test_batch_norm_may_read_its_counter():
 def test_our_lenet():
     with fastcnn.strict():  # is about running, not about tracing
         calls = trace(create_model("lenet5"), (2, 1, 32, 32))
-    assert [call.name for call in calls] == (
-        "conv1 act pool conv2 act_1 pool_1 flatten fc1 act_2 fc2 act_3 fc3".split()
-    )
+    assert [call.name for call in calls] == ("conv1 act1 pool1 conv2 act2 pool2 flatten fc1 act3 fc2 act4 fc3".split())
     assert parameters(calls) == 61_706
     assert [call.output_shapes[0] for call in calls if call.op == "max_pool2d"] == [(2, 6, 14, 14), (2, 16, 5, 5)]
+
+
+def test_the_other_mode_runs_no_auxiliary_classifiers():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aux = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.body(x)
+            return (x, self.aux(x)) if self.training else x
+
+    assert [call.name for call in trace(Net(), (2, 4))] == ["body", "aux"]
+    assert [call.name for call in trace(Net(), (2, 4), training=False)] == ["body"]
+
+
+def test_indices():
+    def forward(module, x):
+        return x[:, 1:, ..., None, ::2], x[0], x[torch.arange(2)]
+
+    slices, first, chosen = trace(Functions(forward), (2, 4, 6, 6))
+    none = slice(None)
+    assert slices.attrs["index"] == (none, slice(1, None), ..., None, slice(None, None, 2))
+    assert first.attrs["index"] == (0,) and "index" not in chosen.attrs
 
 
 def test_our_functions():
