@@ -295,11 +295,11 @@ def _models(options):
 
 
 def _study(options):
-    from fastcnn.study import summary
+    from fastcnn.study import counting
 
     chosen = options[options.subcommand]
     names = ("image_size", "in_chans", "num_classes", "batch", "depth", "csv", "json")
-    summary.command(chosen.model, **{name: chosen[name] for name in names})
+    counting.command(chosen.model, **{name: chosen[name] for name in names})
     return 0
 
 

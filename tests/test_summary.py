@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastcnn.benchmarks import networks
 from fastcnn.models import create_model
+from fastcnn.study import summary
 from fastcnn.study.receptive import fields
-from fastcnn.study.summary import summary
 from fastcnn.study.trace import trace
 
 

@@ -2,7 +2,7 @@
 
     fastcnn models            fastcnn models "resnet*" --sort macs --plot resnets.png
 
-Counted on meta tensors (summary.py) with images of the paper's size; nothing is run. Speeds come from the result rows
+Counted on meta tensors (counting.py) with images of the paper's size; nothing is run. Speeds come from the result rows
 of `fastcnn bench models` alone: images per second of a training step on a GPU, the ratio to PyTorch on a CPU, which is
 shared and so has no times.
 """
@@ -14,7 +14,7 @@ import torch
 
 from fastcnn.models import MODELS, create_model, list_models
 from fastcnn.names import check_name
-from fastcnn.study.summary import BYTES, summary
+from fastcnn.study.counting import BYTES, summary
 
 KEYS = ("name", "year", "parameters", "macs", "memory")
 HEAD = ("network", "year", "image", "parameters", "weights, MB", "MMACs", "memory, MB")

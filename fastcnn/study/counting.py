@@ -1,6 +1,6 @@
 """The table that the lectures draw of a network: output, memory, parameters, multiply-adds, receptive field by layer.
 
-    print(summary(model, image_size=224))        fastcnn study summary vgg16
+    print(fastcnn.study.summary(model, image_size=224))        fastcnn study summary vgg16
 
 The network runs once on the meta device, in eval mode, so that every branch and no auxiliary classifier is counted.
 
