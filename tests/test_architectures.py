@@ -199,6 +199,10 @@ def test_features_of_every_stage(name):
 @pytest.mark.parametrize("name", SMALL)
 def test_classifier_is_replaced(name):
     model = build(name)
+    # what weights.load leaves fresh in a network of other classes
+    other = build(name, num_classes=3).state_dict()
+    changed = {key for key, tensor in model.state_dict().items() if tensor.shape != other[key].shape}
+    assert {key.rpartition(".")[0] for key in changed} == set(model.heads)
     model.reset_classifier(3)
     assert tensors(model(images_of(model, name)))[0].shape == (2, 3)
     assert model.num_classes == 3
