@@ -182,5 +182,7 @@ class PendingPoolFunction(torch.autograd.Function):
             return grad_x, *((None, None) if scale is None else sums.unbind(0)), *[None] * 6
         inputs = Inputs(x, scale, shift, gate, None, None, None, activation, slope, "none", False, scaled)
         dz = pool.backward(grad_y, taps, x, channels_last, backend)
-        grad_x, grad_scale, grad_shift, grad_gate, *_ = inputs.grads(dz, grad_passed, ctx.needs_input_grad[5], backend)
+        own = not isinstance(pool, AdaptiveAvgPool)  # whose gradient may be one number expanded
+        grads = inputs.grads(dz, grad_passed, ctx.needs_input_grad[5], backend, overwrite=own)
+        grad_x, grad_scale, grad_shift, grad_gate, *_ = grads
         return grad_x, grad_scale, grad_shift, None, None, grad_gate, None, None, None
