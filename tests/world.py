@@ -66,7 +66,7 @@ TIMM = {
         efficientnet_b0_g16_evos efficientnet_blur_b0 tf_efficientnet_b0 efficientnet_es tf_efficientnet_es
         efficientnet_cc_b0_4e efficientnet_x_b3 efficientnet_b1_pruned efficientnetv2_rw_t
         gc_efficientnetv2_rw_t tf_efficientnetv2_b0""",
-    "efficientvim": "efficientvim_m1",
+    "efficientvim": "efficientvim_m1@128",
     "efficientvit_mit": "efficientvit_b0 efficientvit_l1",
     "efficientvit_msra": "efficientvit_m0@224",
     "fasternet": "fasternet_t0",
@@ -113,7 +113,7 @@ TIMM = {
     "rexnet": "rexnet_100 rexnetr_100",
     "selecsls": "selecsls42 selecsls42b selecsls60",
     "senet": "legacy_seresnet18 legacy_seresnet50 legacy_seresnext26_32x4d",
-    "shvit": "shvit_s1",
+    "shvit": "shvit_s1@128",
     "sknet": "skresnet18 skresnet50d skresnext50_32x4d",
     "starnet": "starnet_s050 starnet_s1",
     "swiftformer": "swiftformer_xs@224",
