@@ -225,6 +225,36 @@ def test_values_that_differ_in_more_than_numbers_are_put_together_as_tensors():
                 torch.testing.assert_close(both, torch.cat(truth, 1))
 
 
+@pytest.mark.parametrize("how", [(2, 2), (3, 2, 1), (3, 2, 0, 1, True)])
+def test_max_pools_of_activations_without_batch_norm(lane, how):
+    x = torch.randn(2, 8, 7, 9, dtype=torch.float64).to(memory_format=torch.channels_last)
+    x[0, :, :4], x[1, 0, 2, 2], x[1, 1, 4, 3] = (
+        -x[0, :, :4].abs(),
+        0.0,
+        float("nan"),
+    )  # windows of which nothing is left
+    found = []
+    for fused in (True, False):
+        leaf = x.to(lane.device if fused else "cpu").requires_grad_()
+        again, raw = nn.Conv2d(8, 8, 1).double().to(leaf.device), leaf * 1
+        again.weight.data.copy_(torch.eye(8).view(8, 8, 1, 1))
+        again.bias.data.zero_()
+        if fused:
+            value = chain.Pending(raw, None, None, "relu")
+            y = chain.max_pool2d(value, *how)
+            z = chain.materialize(value)
+        else:
+            z = raw.relu()
+            y = F.max_pool2d(z, *how)
+        with fastcnn.strict(False):  # a reader, for which backward makes the pool again
+            read = chain.conv(chain.Pending(y, None, None), again) if fused else again(y)
+            loss = (read * torch.linspace(1, 2, y.numel(), dtype=y.dtype, device=y.device).view_as(y)).nansum()
+            (loss + 3 * z.nansum()).backward()
+        found.append([t.detach().cpu() for t in (y, leaf.grad, again.weight.grad)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
 @pytest.mark.parametrize("name, bar", [("squeezenet1_1", 0.62), ("nin_cifar", 1.0)])
 def test_values_are_not_stored(name, bar):
     model = create_model(name, 10).to(memory_format=torch.channels_last)

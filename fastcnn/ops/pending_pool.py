@@ -144,6 +144,16 @@ def _is_means(pool, x, activation, gate, backend):
     return whole and backend == "cpu" and gate is None and pending_cpu.can(x, activation)
 
 
+def pooled(e, pool, backend):
+    """(what the pool read, y, taps) of an expression without right side."""
+    if isinstance(pool, MaxPool) and e.activation == "relu" and e.scale is None and e.gate is None:
+        # the maximum's ReLU is the ReLUs' maximum, of fewer numbers; where it is 0, no tap gets a gradient
+        y, taps = pool.forward(e.x, backend)
+        return e.x, y.relu_(), taps
+    z = e.x if e.is_plain else pending.pending_forward(*e, backend)
+    return z, *pool.forward(z, backend)
+
+
 class PendingPoolFunction(torch.autograd.Function):
     """(y, passed): passed is x again for the next reader."""
 
@@ -157,9 +167,7 @@ class PendingPoolFunction(torch.autograd.Function):
         elif fused:
             y, taps = pool.forward(x, backend, (scale.contiguous(), shift.contiguous(), activation, slope))
         else:
-            expression = pending.Expression(x, scale, shift, activation, slope, gate)
-            z = z if expression.is_plain else pending.pending_forward(*expression, backend)
-            y, taps = pool.forward(z, backend)
+            z, y, taps = pooled(pending.Expression(x, scale, shift, activation, slope, gate), pool, backend)
         ctx.save_for_backward(x, scale, shift, gate, taps)
         ctx.arguments = (activation, slope, scaled, pool, backend, fused, means, pooling.follows_channels_last(z))
         ctx.set_materialize_grads(False)

@@ -32,8 +32,8 @@ class Recipe:
 
     def _compute(self, x, scale, shift, gate):
         e = pending.Expression(x, scale, shift, self.activation, self.slope, gate)
-        y = x if e.is_plain else pending.pending_forward(*e, self.backend)
-        for pool in self.pools:
+        _, y, _ = pending_pool.pooled(e, self.pools[0], self.backend)
+        for pool in self.pools[1:]:
             y, _ = pool.forward(y, self.backend)
         return y
 
