@@ -186,7 +186,7 @@ def test_features_of_every_stage(name):
     images = images_of(model, name)
     maps = model(images)
     info = model.feature_info(BY_NAME[name].size)
-    assert len(maps) == len(model.stage_names()) == len(info) >= 1
+    assert len(maps) == len(model.feature_stages) == len(info) >= 1
     for found, told in zip(maps, info, strict=True):
         assert found.shape[:2] == (2, told["num_chs"])
     sum(t.square().mean() for t in maps).backward()

@@ -45,7 +45,7 @@ def test_maps_are_the_papers(name, strides, shapes):
     with torch.device("meta"):
         model = create_model(name)
         images = torch.empty(1, 3, model.image_size, model.image_size)
-        assert [tuple(x.shape[2:]) for x in model.run(images, model.stages)[1].values()] == shapes
+        assert [tuple(x.shape[2:]) for x in model.run(images, model.feature_stages)[1].values()] == shapes
         slid = to_fully_convolutional(model, model.image_size)
         assert slid.stride == (strides, strides)
         # table 5 of the paper, the smallest two scales: 1x1 and 2x3 windows

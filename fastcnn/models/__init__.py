@@ -95,5 +95,6 @@ for _file in pkgutil.iter_modules(__path__):
     MODELS.update(_entries)
     if _entries:
         # a network's classes, and then its names, of which some are also its file's
-        globals().update({n: c for n, c in vars(_family).items() if getattr(c, "__module__", "") == _family.__name__})
+        _own = {n: c for n, c in vars(_family).items() if getattr(c, "__module__", "") == _family.__name__}
+        globals().update({n: c for n, c in _own.items() if n[0] != "_"})
         globals().update({name: _builder(name, entry) for name, entry in _entries.items()})

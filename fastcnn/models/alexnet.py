@@ -40,7 +40,7 @@ class AlexNet(Network):
     """
 
     body = ("features", "avgpool")
-    stages = ("features.1", "features.4", "features.11", "features.12")
+    feature_stages = ("features.1", "features.4", "features.11", "features.12")
     heads = ("classifier.6",)
     min_size = 63
 
@@ -101,7 +101,7 @@ class AlexNetLayers(Network):
         "conv1", "relu1", "pool1", "norm1", "conv2", "relu2", "pool2", "norm2", "conv3", "relu3", "conv4", "relu4",
         "conv5", "relu5", "pool3", "avgpool",
     )  # fmt: skip
-    stages = ("relu1", "relu2", "relu5", "pool3")
+    feature_stages = ("relu1", "relu2", "relu5", "pool3")
     heads = ("fc8",)
 
     def __init__(self, num_classes, in_chans, convolutions, ceil_mode, std, biases, groups, hidden, dropout):

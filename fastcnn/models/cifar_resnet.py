@@ -99,7 +99,7 @@ class SmallImageResNet(Network):
     """
 
     body = ("conv1", "bn1", "relu", "layer1", "layer2", "layer3")
-    stages = ("layer1", "layer2", "layer3")
+    feature_stages = ("layer1", "layer2", "layer3")
     heads = ("fc",)
 
     def __init__(self, stages, stem, outputs, num_classes, in_chans):

@@ -89,7 +89,7 @@ class DenseNet(Network):
         self.classifier = nn.Linear(channels, num_classes)
         self.relu = nn.ReLU(inplace=True)
         blocks = [f"features.denseblock{i}" for i in range(1, len(block_config))]
-        self.stages = (*([] if small else ["features.relu0"]), *blocks, "features.norm5")
+        self.feature_stages = (*([] if small else ["features.relu0"]), *blocks, "features.norm5")
         # every transition needs two pixels; before them conv0 and pool0 halve, rounding up
         pixels = 2 ** (len(block_config) - 1)
         self.min_size = pixels if small else 4 * pixels - 3

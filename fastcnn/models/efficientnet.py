@@ -89,7 +89,7 @@ class EfficientNet(MobileNetwork):
         super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, uniform)
         # without the last 1x1 convolution, which widens for the classifier
         strides = [2, *(stride for _, _, stride, *_ in STAGES)]
-        self.stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
+        self.feature_stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
 
     def names_elsewhere(self):
         # elsewhere batch norm has PyTorch's eps

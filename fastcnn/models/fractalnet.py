@@ -128,7 +128,7 @@ class FractalNet(Network):
             raise ValueError(f"dropout must be one probability for each of {len(channels)} blocks, got {dropout!r}")
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path must be at least 0 and below 1, got {drop_path!r}")
-        self.body = self.stages = tuple(f"block{i}" for i in range(1, len(channels) + 1))
+        self.body = self.feature_stages = tuple(f"block{i}" for i in range(1, len(channels) + 1))
         self.min_size = 2 ** len(channels)
         self.drop_prob = drop_path
         inputs = in_chans

@@ -188,7 +188,7 @@ class GoogLeNet(AuxiliaryNetwork):
                 self.add_module(f"maxpool{number}", nn.MaxPool2d(size, 2, ceil_mode=True))
                 body.append(f"maxpool{number}")
         self.body = tuple(body)
-        self.stages = ("conv1", "conv3", *(names[-1] for names in stages))
+        self.feature_stages = ("conv1", "conv3", *(names[-1] for names in stages))
         if aux_logits:
             self.auxiliary = ((stages[1][0], "aux1"), (stages[1][-2:][0], "aux2"))
             for after, head in self.auxiliary:

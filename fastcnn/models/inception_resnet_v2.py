@@ -141,7 +141,7 @@ class InceptionResNetV2(Network):
         "conv2d_1a", "conv2d_2a", "conv2d_2b", "maxpool_3a", "conv2d_3b", "conv2d_4a", "maxpool_5a", "mixed_5b",
         "repeat", "mixed_6a", "repeat_1", "mixed_7a", "repeat_2", "block8", "conv2d_7b",
     )  # fmt: skip
-    stages = ("conv2d_2b", "conv2d_4a", "repeat", "repeat_1", "conv2d_7b")
+    feature_stages = ("conv2d_2b", "conv2d_4a", "repeat", "repeat_1", "conv2d_7b")
     heads = ("classif",)
     min_size = 75
 

@@ -170,7 +170,7 @@ class InceptionV3(AuxiliaryNetwork):
             channels = 320 + 4 * 384 + 192
         self.body = tuple(name for name, _ in self.named_children() if name != "AuxLogits")
         ends = (f"Mixed_{number}{'abcde'[count]}" for number, count in zip((5, 6, 7), layers, strict=True))
-        self.stages = ("Conv2d_2b_3x3", "Conv2d_4a_3x3", *ends)
+        self.feature_stages = ("Conv2d_2b_3x3", "Conv2d_4a_3x3", *ends)
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(make.channels(channels), num_classes)
         for name, module in self.named_modules():

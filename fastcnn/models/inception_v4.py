@@ -139,7 +139,7 @@ class InceptionV4(Network):
         modules += [_module_c(make) for _ in range(layers[2])]
         self.features = nn.ChainSequential(*modules)
         ends = (5 + layers[0], 6 + layers[0] + layers[1], len(modules) - 1)
-        self.stages = tuple(f"features.{i}" for i in (2, 3, *ends))
+        self.feature_stages = tuple(f"features.{i}" for i in (2, 3, *ends))
         self.dropout = nn.Dropout(dropout)
         self.last_linear = nn.Linear(make.channels(1536), num_classes)
 

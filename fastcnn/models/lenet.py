@@ -42,7 +42,7 @@ class LeNet5(Network):
     """
 
     body = ("conv1", "act1", "pool1", "conv2", "act2", "pool2")
-    stages = ("pool1", "pool2")
+    feature_stages = ("pool1", "pool2")
     heads = ("fc3",)
 
     def __init__(self, num_classes=10, in_chans=1, activation="relu", pool="max"):

@@ -46,7 +46,7 @@ class MLP(Network):
             layers += [nn.Linear(units, width), nn.ReLU(inplace=True)]
             units = width
         self.hidden = nn.Sequential(*layers)
-        self.stages = tuple(f"hidden.{2 * i + 2}" for i in range(len(hidden)))
+        self.feature_stages = tuple(f"hidden.{2 * i + 2}" for i in range(len(hidden)))
         self.fc = nn.Linear(units, num_classes)
 
     def check_images(self, x):

@@ -51,7 +51,7 @@ class MobileNetV1(Network):
     """
 
     body = ("conv_stem", "bn1", "act", "blocks")
-    stages = ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4")
+    feature_stages = ("blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4")
     heads = ("classifier",)
 
     def __init__(self, num_classes=1000, in_chans=3, width_mult=1.0, dropout=0.0, layers=(1, 2, 2, 6, 2)):

@@ -69,7 +69,7 @@ class MobileNetV2(MobileNetwork):
         normal = partial(nn.init.normal_, std=0.01)
         super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, normal)
         self.layers = tuple(layers)
-        self.stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
+        self.feature_stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
 
     def names_elsewhere(self):
         return self.names_in_timm(self.layers, squeezed=False)

@@ -78,7 +78,7 @@ class MobileNetV3(MobileNetwork):
         normal = partial(nn.init.normal_, std=0.01)
         super().__init__(num_classes, in_chans, nn.ChainSequential(*features), classifier, normal)
         strides = [2, *(stride for *_, stride in blocks), 1]
-        self.stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
+        self.feature_stages = tuple(f"features.{i}" for i in last_of_each_size(strides))
 
 
 def _squeeze_excite(channels):

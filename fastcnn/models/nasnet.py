@@ -92,7 +92,7 @@ class NASNet(Network):
         modules["act"] = nn.ReLU()
         for name, module in modules.items():
             self.add_module(name, module)
-        self.body, self.stages = tuple(modules), (*stages, "act")
+        self.body, self.feature_stages = tuple(modules), (*stages, "act")
         # the smallest map that a cell halves must have two pixels
         least = 2 ** (len(cells) - 1)
         self.min_size = 4 * least + 3 if stem_cells else least // 2 + 1

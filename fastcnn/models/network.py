@@ -31,7 +31,8 @@ class Network(Block):
 
     A subclass sets, as attributes of the class or of the instance:
         body: names of the modules that run in turn.
-        stages: names of the modules, in the body or inside its modules ("features.4"), whose outputs are its features.
+        feature_stages: names of the modules, in the body or inside of its modules ("features.4"), whose outputs are
+            its features.
         heads: names of the layers that make logits, the main one first (then those of auxiliary classifiers).
         min_size: height and width of the smallest images.
     and defines `classify`, from the last feature map to the logits. What is no chain of modules redefines `run`.
@@ -44,7 +45,7 @@ class Network(Block):
     """
 
     body = ()
-    feature_stages = None  # in place of stages, where those were chosen from or modules have that name
+    feature_stages = ()
     heads = ()
     min_size = 1
     features_only = False
@@ -57,12 +58,8 @@ class Network(Block):
     def values(self, x):
         self.check_images(x)
         if self.features_only:
-            return list(self.run(x, self.stage_names())[1].values())
+            return list(self.run(x, self.feature_stages)[1].values())
         return self.classify(self.run(x)[0])
-
-    def stage_names(self):
-        """Names of the modules whose outputs are the features."""
-        return self.stages if self.feature_stages is None else self.feature_stages
 
     def check_images(self, x):
         """Raise ValueError unless x is [N, in_chans, H, W], large enough."""
@@ -117,7 +114,7 @@ class Network(Block):
         Returns:
             the network.
         """
-        stages = self.stage_names()
+        stages = self.feature_stages
         chosen = range(len(stages)) if out_indices is None else sorted(out_indices)
         for index in chosen:
             if index not in range(len(stages)):
@@ -150,7 +147,7 @@ class Network(Block):
         model = copy.deepcopy(self).to("meta").eval()
         with torch.no_grad():
             images = torch.empty(1, self.in_chans, image_size, image_size, device="meta")
-            tapped = model.run(images, self.stage_names())[1]
+            tapped = model.run(images, self.feature_stages)[1]
         reduction = lambda x: 2 ** round(math.log2(image_size / x.shape[2])) if x.ndim == 4 else None
         return [{"module": name, "num_chs": x.shape[1], "reduction": reduction(x)} for name, x in tapped.items()]
 
@@ -170,7 +167,7 @@ def _head_like(old, num_classes, before):
     if weight is None:
         raise ValueError(f"the classifier was removed (num_classes was {before}); make the network anew")
     options = dict(bias=old.bias is not None, device=weight.device, dtype=weight.dtype)
-    if isinstance(old, nn.Conv2d):
+    if isinstance(old, torch.nn.Conv2d):
         new = nn.Conv2d(old.in_channels, num_classes, old.kernel_size, old.stride, old.padding, **options)
     else:
         new = nn.Linear(old.in_features, num_classes, **options)

@@ -77,7 +77,7 @@ class NiN(Network):
                 self.add_module(name, module)
                 body.append(name)
         self.min_size = _smallest(plan)
-        self.body, self.stages = tuple(body), (*stages, f"mlpconv{len(plan)}.3")
+        self.body, self.feature_stages = tuple(body), (*stages, f"mlpconv{len(plan)}.3")
         self.heads = (f"mlpconv{len(plan)}.4",)
         he_normal(self)
 

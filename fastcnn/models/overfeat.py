@@ -88,7 +88,7 @@ class OverFeat(Network):
             stages.append(f"features.{len(features) - 1}")
         if size < 1:
             raise ValueError(f"image_size is too small for these layers: {image_size}")
-        self.stages = tuple(stages)
+        self.feature_stages = tuple(stages)
         self.features = nn.ChainSequential(*features)
         self.classifier = nn.Sequential(
             *(nn.Linear(channels * size * size, hidden[0]), nn.ReLU(inplace=True), nn.Dropout(dropout)),

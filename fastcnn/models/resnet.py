@@ -73,7 +73,7 @@ class ResNet(Network):
     """
 
     body = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    stages = ("relu", "layer1", "layer2", "layer3", "layer4")
+    feature_stages = ("relu", "layer1", "layer2", "layer3", "layer4")
     heads = ("fc",)
 
     def __init__(

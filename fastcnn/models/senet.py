@@ -86,7 +86,7 @@ class SENet(Network):
     """
 
     body = ("conv1", "bn1", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-    stages = ("act1", "layer1", "layer2", "layer3", "layer4")
+    feature_stages = ("act1", "layer1", "layer2", "layer3", "layer4")
     heads = ("fc",)
 
     def __init__(

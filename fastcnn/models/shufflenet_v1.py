@@ -76,7 +76,7 @@ class ShuffleNetV1(Network):
     """
 
     body = ("conv1", "maxpool", "stage2", "stage3", "stage4")
-    stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
+    feature_stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
     heads = ("fc",)
 
     def __init__(self, num_classes=1000, in_chans=3, groups=3, width_mult=1.0, layers=(4, 8, 4)):

@@ -82,7 +82,7 @@ class ShuffleNetV2(Network):
     """
 
     body = ("conv1", "maxpool", "stage2", "stage3", "stage4", "conv5")
-    stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
+    feature_stages = ("conv1", "maxpool", "stage2", "stage3", "stage4")
     heads = ("fc",)
 
     def __init__(self, num_classes=1000, in_chans=3, widths=WIDTHS["x1_0"], layers=(4, 8, 4)):

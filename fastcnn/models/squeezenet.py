@@ -101,7 +101,7 @@ class SqueezeNet(Network):
                 squeezed, expanded = fire
                 layers.append(Fire(channels, squeezed, expanded))
                 channels = 2 * expanded
-        self.stages = tuple(f"features.{i}" for i in (*stages, len(layers) - 1))
+        self.feature_stages = tuple(f"features.{i}" for i in (*stages, len(layers) - 1))
         self.features = nn.ChainSequential(*layers)
         self.classifier = nn.ChainSequential(
             nn.Dropout(dropout), nn.Conv2d(channels, num_classes, 1), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)

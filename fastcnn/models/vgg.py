@@ -78,7 +78,7 @@ class VGG(Network):
                 channels = width
             stages.append(f"features.{len(features) - 1}")
             features.append(nn.MaxPool2d(2, 2))
-        self.stages = (*stages, f"features.{len(features) - 1}")
+        self.feature_stages = (*stages, f"features.{len(features) - 1}")
         self.features = nn.ChainSequential(*features)
         self.avgpool = nn.AdaptiveAvgPool2d((7, 7))
         hidden = round_channels(4096, width_mult)
@@ -145,7 +145,7 @@ def grow(model, name, first=4):
     for old, new in convolutions[:first] + linear:
         for source, target in zip(old, new, strict=True):
             target.load_state_dict(source.state_dict())
-    return unfuse(deeper) if UNFUSED in model.__dict__ else deeper
+    return unfuse(deeper) if model.__dict__.get(UNFUSED) else deeper
 
 
 def _stages(model):
