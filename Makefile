@@ -49,13 +49,14 @@ aot-update: install
 bench: install
 	$(BIN)/fastcnn bench $(or $(ARGS),--quick)
 
-# tables and plots of benchmarks/results, the blocks of both README files, and the pages of predictions
+# tables and plots of benchmarks/results, the blocks of both README files, the pages of predictions and of the networks
 results: install
 	$(BIN)/python -m fastcnn.benchmarks.report
 	$(BIN)/python -m fastcnn.benchmarks.predict
 	$(BIN)/python -m fastcnn.benchmarks.predict_memory
 	$(BIN)/python -m fastcnn.benchmarks.predict_backward
 	$(BIN)/python -m fastcnn.benchmarks.predict_chain
+	$(BIN)/python -m fastcnn.benchmarks.gallery
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
