@@ -3,7 +3,7 @@
 from fastcnn.backends import backend, env, explain, strict
 
 __version__ = "0.1.0"
-SUBMODULES = ("data", "functional", "models", "nn", "optim", "study", "testing", "train")
+SUBMODULES = ("compression", "data", "functional", "models", "nn", "optim", "study", "testing", "train")
 __all__ = ["backend", "convert", "env", "explain", "graphed_step", "revert", "strict", "verify", *SUBMODULES]
 
 

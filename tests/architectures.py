@@ -43,7 +43,10 @@ ROWS = [
     Row("alexnet_lrn", 62_378_344, size=67),
     Row("alexnet_towers", 60_965_224, size=67, small={"width_mult": 0.125, "bias": 0.0}),
     Row(
-        "overfeat", 145_920_872, size=103, lr=3e-3,
+        "overfeat",
+        145_920_872,
+        size=103,
+        lr=3e-3,
         small={"widths": (8, 8, 8, 8, 8), "hidden": (16, 16), "image_size": 103, "std": 0.1},
     ),  # fmt: skip
     Row("overfeat_accurate", 144_656_488),
@@ -93,8 +96,12 @@ ROWS = [
     Row("wrn40_4_cifar", 8_949_210, size=32),
     Row("googlenet", 13_004_888, "torchvision:googlenet", small={"widths": (((16, 8, 16, 8, 8, 8),),) * 3}),
     Row(
-        "inception_v3", 27_161_264, "torchvision:inception_v3", 107,
-        {"width_mult": 0.125, "layers": (1, 1, 1), "aux_logits": False}, whole=299,
+        "inception_v3",
+        27_161_264,
+        "torchvision:inception_v3",
+        107,
+        {"width_mult": 0.125, "layers": (1, 1, 1), "aux_logits": False},
+        whole=299,
     ),
     Row("inception_v4", 42_679_816, "timm:inception_v4", 107, {"width_mult": 0.125, "layers": (1, 1, 1)}),
     Row("inception_resnet_v2", 55_843_464, "timm:inception_resnet_v2", 107, {"width_mult": 0.125, "layers": (1, 1, 1)}),

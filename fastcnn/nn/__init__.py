@@ -8,18 +8,9 @@ from torch.nn import Module, Parameter, init, parallel, parameter, utils  # noqa
 
 from fastcnn import functional  # noqa: F401
 from fastcnn.nn.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, Sigmoid, SiLU, Tanh  # noqa: F401
-from fastcnn.nn.blocks import (  # noqa: F401
-    BasicBlock,
-    Block,
-    Bottleneck,
-    ChainSequential,
-    ConvBNAct,
-    DenseBlock,
-    DenseLayer,
-    PreActBlock,
-    PreActBottleneck,
-)
+from fastcnn.nn.blocks import Block, ChainSequential, ConvBNAct  # noqa: F401
 from fastcnn.nn.conv import Conv2d, ConvTranspose2d, Linear  # noqa: F401
+from fastcnn.nn.dense_blocks import DenseBlock, DenseLayer  # noqa: F401
 from fastcnn.nn.dropout import (  # noqa: F401
     DropConnectConv2d,
     DropConnectLinear,
@@ -62,4 +53,5 @@ from fastcnn.nn.pooling import (  # noqa: F401
     LPPool2d,
     MaxPool2d,
 )
+from fastcnn.nn.residual_blocks import BasicBlock, Bottleneck, PreActBlock, PreActBottleneck  # noqa: F401
 from fastcnn.nn.separable import SeparableConv2d  # noqa: F401

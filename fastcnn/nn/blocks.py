@@ -22,9 +22,9 @@ from fastcnn.nn.dropout import Dropout
 from fastcnn.nn.norms import BatchNorm2d, SyncBatchNorm
 from fastcnn.nn.pooling import AdaptiveAvgPool2d, AvgPool2d, MaxPool2d
 
-_CONVOLUTIONS = {nn.Conv2d, Conv2d}
-_NORMS = {nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm}
-_ACTIVATIONS = {
+CONVOLUTIONS = {nn.Conv2d, Conv2d}
+NORMS = {nn.BatchNorm2d, BatchNorm2d, nn.SyncBatchNorm, SyncBatchNorm}
+ACTIVATIONS = {
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh", nn.Hardswish: "hardswish", nn.GELU: "gelu",
     ReLU: "relu", ReLU6: "relu6", LeakyReLU: "leaky_relu", SiLU: "silu", Sigmoid: "sigmoid",
@@ -59,8 +59,8 @@ def is_plain(module):
 
 def _is_fusible_pair(conv, bn):
     return (
-        type(conv) in _CONVOLUTIONS
-        and type(bn) in _NORMS
+        type(conv) in CONVOLUTIONS
+        and type(bn) in NORMS
         and conv.padding_mode == "zeros"
         and conv.out_channels == bn.num_features
         and is_plain(conv)
@@ -77,13 +77,13 @@ def conv_norm(x, conv, bn, out=None):
 
 def conv_act(x, conv, act, out=None):
     """act(conv(x)), in training a value: whoever reads it applies the activation; `out` as of conv_norm."""
-    in_slot = out is not None and type(conv) in _CONVOLUTIONS and conv.padding_mode == "zeros" and is_plain(conv)
+    in_slot = out is not None and type(conv) in CONVOLUTIONS and conv.padding_mode == "zeros" and is_plain(conv)
     x = shared(conv, chain.conv(x, conv, out=out) if in_slot else call(conv, x))
     return act(x) if isinstance(x, torch.Tensor) or not is_plain(act) else _activation(act, x)
 
 
 def _activation(module, x):
-    kind = _ACTIVATIONS[type(module)]
+    kind = ACTIVATIONS[type(module)]
     if kind == "leaky_relu":
         return chain.activate(x, kind, module.negative_slope)
     return chain.activate(x, "gelu_tanh" if kind == "gelu" and module.approximate == "tanh" else kind)
@@ -113,11 +113,11 @@ def call(module, x, *more):
         return x
     if isinstance(x, torch.Tensor) and x.dim() != 4:  # nothing for the chain to do
         return module(x)
-    if kind in _ACTIVATIONS:
+    if kind in ACTIVATIONS:
         return _activation(module, x)
-    if kind in _NORMS:
+    if kind in NORMS:
         return chain.batch_norm(x, module)
-    if kind in _CONVOLUTIONS and module.padding_mode == "zeros":
+    if kind in CONVOLUTIONS and module.padding_mode == "zeros":
         return chain.conv(x, module)
     pools = (nn.MaxPool2d, MaxPool2d, nn.AvgPool2d, AvgPool2d, nn.AdaptiveAvgPool2d, AdaptiveAvgPool2d)
     if kind in pools and not getattr(module, "return_indices", False):
@@ -131,7 +131,7 @@ def in_turn(modules, x):
         if len(modules) > 1 and _is_fusible_pair(*modules[:2]):
             x = chain.conv_batch_norm(x, *modules[:2])
             modules = modules[2:]
-        elif len(modules) > 1 and type(modules[0]) in _CONVOLUTIONS and type(modules[1]) in _ACTIVATIONS:
+        elif len(modules) > 1 and type(modules[0]) in CONVOLUTIONS and type(modules[1]) in ACTIVATIONS:
             x = conv_act(x, *modules[:2])
             modules = modules[2:]
         else:
@@ -204,249 +204,3 @@ class ConvBNAct(ChainSequential):
             layers.append(activation_layer())
         super().__init__(*layers)
         self.out_channels = out_channels
-
-
-def _conv(inputs, outputs, size, stride=1, groups=1, dilation=1):
-    padding = dilation if size == 3 else 0
-    return nn.Conv2d(inputs, outputs, size, stride, padding, groups=groups, bias=False, dilation=dilation)
-
-
-class BasicBlock(Block):
-    """Two 3x3 convolutions and a shortcut: torchvision's BasicBlock. Source: He et al. 2016a.
-
-    Args:
-        inplanes, planes: channels of input and output.
-        stride: of the first convolution.
-        downsample: module on the shortcut, which gives it the output's shape; None for the input itself.
-        groups, base_width, dilation: 1, 64, 1; torchvision.models.ResNet passes them.
-        norm_layer: makes a batch norm of so many channels; None for torch.nn.BatchNorm2d.
-    """
-
-    expansion = 1
-
-    def __init__(
-        self, inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1, norm_layer=None
-    ):  # fmt: skip
-        super().__init__()
-        if (groups, base_width, dilation) != (1, 64, 1):
-            raise ValueError(
-                "BasicBlock has groups = 1, base_width = 64 and dilation = 1, got "
-                f"groups = {groups}, base_width = {base_width}, dilation = {dilation}"
-            )
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.conv1 = _conv(inplanes, planes, 3, stride)
-        self.bn1 = norm_layer(planes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv2 = _conv(planes, planes, 3)
-        self.bn2 = norm_layer(planes)
-        self.downsample = downsample
-        self.stride = stride
-
-    def values(self, x):
-        x = shared(self, x)
-        out = call(self.relu, conv_norm(x, self.conv1, self.bn1))
-        out = conv_norm(out, self.conv2, self.bn2)
-        shortcut = x if self.downsample is None else call(self.downsample, x)
-        return call(self.relu, chain.add(out, shortcut))
-
-
-class Bottleneck(Block):
-    """1x1, 3x3 and 1x1 convolutions and a shortcut: torchvision's Bottleneck (ResNet, ResNeXt, Wide ResNet).
-
-    The stride is in the 3x3 convolution. Source: He et al. 2016a.
-
-    Args:
-        inplanes: input channels. planes: a quarter of the output's.
-        stride, groups, dilation: of the 3x3 convolution. base_width: its channels per group, were planes 64.
-        downsample: module on the shortcut, which gives it the output's shape; None for the input itself.
-        norm_layer: makes a batch norm of so many channels; None for torch.nn.BatchNorm2d.
-    """
-
-    expansion = 4
-
-    def __init__(
-        self, inplanes, planes, stride=1, downsample=None, groups=1, base_width=64, dilation=1, norm_layer=None
-    ):  # fmt: skip
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        width = int(planes * (base_width / 64)) * groups
-        self.conv1 = _conv(inplanes, width, 1)
-        self.bn1 = norm_layer(width)
-        self.conv2 = _conv(width, width, 3, stride, groups, dilation)
-        self.bn2 = norm_layer(width)
-        self.conv3 = _conv(width, planes * self.expansion, 1)
-        self.bn3 = norm_layer(planes * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = downsample
-        self.stride = stride
-
-    def values(self, x):
-        x = shared(self, x)
-        out = call(self.relu, conv_norm(x, self.conv1, self.bn1))
-        out = call(self.relu, conv_norm(out, self.conv2, self.bn2))
-        out = conv_norm(out, self.conv3, self.bn3)
-        shortcut = x if self.downsample is None else call(self.downsample, x)
-        return call(self.relu, chain.add(out, shortcut))
-
-
-class PreActBlock(Block):
-    """Batch norm and ReLU before each of two 3x3 convolutions, a shortcut around all. Source: He et al. 2016b.
-
-    Args:
-        inplanes, planes: channels of input and output.
-        stride: of the first convolution.
-        downsample: module on the shortcut, None for the input itself. It reads what the first convolution reads, the
-            activation, as the paper has it for the first block of a stage.
-        norm_layer: makes a batch norm of so many channels; None for torch.nn.BatchNorm2d.
-        dropout: probability of dropping what the second convolution reads, as in wide residual networks (Zagoruyko and
-            Komodakis 2016).
-    """
-
-    expansion = 1
-
-    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer=None, dropout=0.0):
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.bn1 = norm_layer(inplanes)
-        self.relu = nn.ReLU(inplace=True)
-        self.conv1 = _conv(inplanes, planes, 3, stride)
-        self.bn2 = norm_layer(planes)
-        self.dropout = nn.Identity() if dropout == 0 else Dropout(dropout)
-        self.conv2 = _conv(planes, planes, 3)
-        self.downsample = downsample
-        self.stride = stride
-
-    def values(self, x):
-        # its first reader is a batch norm, which needs the tensor
-        out = call(self.relu, call(self.bn1, x))
-        shortcut = x if self.downsample is None else call(self.downsample, out)
-        out = call(self.relu, conv_norm(out, self.conv1, self.bn2))
-        out = call(self.conv2, call(self.dropout, out))
-        return chain.add(shared(self, out), shortcut)
-
-
-class PreActBottleneck(Block):
-    """Batch norm and ReLU before each of a 1x1, a 3x3 and a 1x1 convolution, a shortcut around all; timm's keys.
-
-    The stride is in the 3x3 convolution. Source: He et al. 2016b, which has it in the first 1x1.
-
-    Args:
-        inplanes: input channels. planes: a quarter of the output's.
-        stride, downsample, norm_layer: as of PreActBlock.
-    """
-
-    expansion = 4
-
-    def __init__(self, inplanes, planes, stride=1, downsample=None, norm_layer=None):
-        super().__init__()
-        norm_layer = norm_layer or nn.BatchNorm2d
-        self.downsample = downsample
-        self.norm1 = norm_layer(inplanes)
-        self.conv1 = _conv(inplanes, planes, 1)
-        self.norm2 = norm_layer(planes)
-        self.conv2 = _conv(planes, planes, 3, stride)
-        self.norm3 = norm_layer(planes)
-        self.conv3 = _conv(planes, planes * self.expansion, 1)
-        self.relu = nn.ReLU(inplace=True)
-        self.stride = stride
-
-    def values(self, x):
-        out = call(self.relu, call(self.norm1, x))
-        shortcut = x if self.downsample is None else call(self.downsample, out)
-        out = call(self.relu, conv_norm(out, self.conv1, self.norm2))
-        out = call(self.relu, conv_norm(out, self.conv2, self.norm3))
-        out = call(self.conv3, out)
-        return chain.add(shared(self, out), shortcut)
-
-
-class DenseLayer(Block):
-    """Batch norm, ReLU, 1x1 and again batch norm, ReLU, 3x3: torchvision's _DenseLayer. Source: Huang et al. 2017.
-
-    Args:
-        num_input_features: input channels.
-        growth_rate: output channels.
-        bn_size: the 1x1 convolution has bn_size * growth_rate outputs.
-        drop_rate: probability that training drops a number of the output.
-    """
-
-    def __init__(self, num_input_features, growth_rate, bn_size=4, drop_rate=0.0):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_input_features)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = _conv(num_input_features, bn_size * growth_rate, 1)
-        self.norm2 = nn.BatchNorm2d(bn_size * growth_rate)
-        self.relu2 = nn.ReLU(inplace=True)
-        self.conv2 = _conv(bn_size * growth_rate, growth_rate, 3)
-        self.dropout = Dropout(drop_rate)
-
-    def values(self, x):
-        """The layer's own channels for a tensor or value, or for a list of them side by side."""
-        x = chain.cat(x) if isinstance(x, (list, tuple)) else x
-        out = call(self.relu1, call(self.norm1, x))
-        out = call(self.relu2, conv_norm(out, self.conv1, self.norm2))
-        return call(self.dropout, call(self.conv2, out))
-
-
-class DenseLayerWithoutBottleneck(Block):
-    """Batch norm, ReLU and 3x3: the dense layer before the paper puts a 1x1 convolution into it.
-
-    Args:
-        num_input_features: input channels.
-        growth_rate: output channels.
-        drop_rate: probability that training drops a number of the output.
-    """
-
-    def __init__(self, num_input_features, growth_rate, drop_rate=0.0):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(num_input_features)
-        self.relu1 = nn.ReLU(inplace=True)
-        self.conv1 = _conv(num_input_features, growth_rate, 3)
-        self.dropout = Dropout(drop_rate)
-
-    def values(self, x):
-        """The layer's own channels for a tensor or value, or for a list of them side by side."""
-        x = chain.cat(x) if isinstance(x, (list, tuple)) else x
-        return call(self.dropout, call(self.conv1, call(self.relu1, call(self.norm1, x))))
-
-
-class DenseBlock(Block):
-    """Dense layers, each of which reads the block's input and all layers before it: torchvision's _DenseBlock.
-
-    Args:
-        num_layers: how many.
-        num_input_features, growth_rate, drop_rate: as of DenseLayer; every layer has growth_rate more inputs.
-        bn_size: as of DenseLayer; None for layers without the 1x1 convolution.
-
-    Returns of a call: input and all layers' outputs along the channels.
-    """
-
-    def __init__(self, num_layers, num_input_features, bn_size, growth_rate, drop_rate=0.0):
-        super().__init__()
-        for i in range(num_layers):
-            inputs = num_input_features + i * growth_rate
-            if bn_size is None:
-                layer = DenseLayerWithoutBottleneck(inputs, growth_rate, drop_rate)
-            else:
-                layer = DenseLayer(inputs, growth_rate, bn_size, drop_rate)
-            self.add_module(f"denselayer{i + 1}", layer)
-
-    def values(self, x):
-        layers = list(self.children())
-        if all(_is_known_dense_layer(layer) for layer in layers):
-            return chain.dense_block(x, [(layer.norm1, layer.conv1, layer.norm2, layer.conv2) for layer in layers])
-        features = [chain.materialize(x)]
-        for layer in layers:
-            features.append(chain.materialize(call(layer, features)))
-        return chain.cat(features)
-
-
-def _is_known_dense_layer(layer):
-    parts = ("norm1", "relu1", "conv1", "norm2", "relu2", "conv2")
-    if type(layer) is not DenseLayer or not all(is_plain(m) for m in (layer, *layer.children())):
-        return False
-    if type(layer.dropout) not in (nn.Dropout, Dropout) or (layer.dropout.training and layer.dropout.p > 0):
-        return False
-    kinds = [type(layer.get_submodule(name)) for name in parts]
-    relus = {nn.ReLU, ReLU}
-    sets = (_NORMS, relus, _CONVOLUTIONS, _NORMS, relus, _CONVOLUTIONS)
-    return all(kind in known for kind, known in zip(kinds, sets, strict=True))
