@@ -50,7 +50,13 @@ def three_steps(model, size):
     return losses, {name: p.grad for name, p in model.named_parameters()}, model.state_dict(), torch.rand(1)
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+# whose blocks the others have, too, or that take seconds; tests/test_world.py has all of them
+NIGHTLY = ("resnext", "wide_resnet", "inception", "efficientnet", "mnasnet")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.nightly] * (name in NIGHTLY)) for name in TORCHVISION]
+)
 def test_three_steps_of_torchvision_in_fp64(name):
     make, size = TORCHVISION[name]
     torch.manual_seed(0)

@@ -27,13 +27,12 @@ def convert(model, *, ops="auto", fuse=True, filter_fn=None, strict=False):
 
     torch.nn's layers, not subclasses of them, become fastcnn.nn's: parameters, buffers, state_dict keys, hooks and the
     optimizer's references stay. With fuse, forwards of modules that torch.fx can record safely run Conv-BN-activation
-    (-add) chains without storing normalised tensors, and call fastcnn.functional where they called
-    torch.nn.functional. What cannot be proven to give the same stays as it is, and the
-    report says why. The rewritten forward follows the model: training and evaluation, frozen layers, hooks, exchanged
-    layers, changed options and patched classes are seen at the next call. Globals of other modules that a forward
-    reads through functions it does not call by name, variables of enclosing functions and lists or dicts that are
-    default arguments are not. Under torch.compile the chain is one graph break; torch.export and
-    torch.jit see the original.
+    (-add) chains without storing normalised tensors, and call fastcnn.functional where they called torch.nn.functional.
+    What cannot be proven to give the same stays as it is, and the report says why. The rewritten forward follows the
+    model: training and evaluation, frozen layers, hooks, exchanged layers, changed options and patched classes are seen
+    at the next call. Globals of other modules that a forward reads through functions it does not call by name,
+    variables of enclosing functions and lists or dicts that are default arguments are not. Under torch.compile the
+    chain is one graph break; torch.export and torch.jit see the original.
 
     Args:
         model: torch.nn.Module; converted again if it was converted before.
