@@ -34,7 +34,7 @@ test-interpret: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
-# hours: every network of fastcnn.models whole, every CNN of torchvision and timm converted
+# half an hour: every network of fastcnn.models whole, every CNN of torchvision and timm converted
 test-nightly: install
 	$(BIN)/python -m pytest -n 2 -m nightly $(ARGS)
 
