@@ -19,23 +19,24 @@ from fastcnn.testing import make_grad
 # by family: the smallest member and those with parts of their own; name@pixels, 64 where none are given
 TORCHVISION = {
     "alexnet": "alexnet",
-    "convnext": "convnext_tiny convnext_small",
+    "convnext": "convnext_tiny convnext_small convnext_base convnext_large",
     "densenet": "densenet121 densenet161 densenet169 densenet201",
     "efficientnet": """efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
-        efficientnet_b6 efficientnet_v2_s efficientnet_v2_m""",
+        efficientnet_b6 efficientnet_b7 efficientnet_v2_s efficientnet_v2_m efficientnet_v2_l""",
     "googlenet": "googlenet",
     "inception": "inception_v3@299",
     "maxvit": "maxvit_t@224",
     "mnasnet": "mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3",
     "mobilenetv2": "mobilenet_v2",
     "mobilenetv3": "mobilenet_v3_small mobilenet_v3_large",
-    "regnet": """regnet_x_400mf regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf regnet_y_400mf
-        regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf""",
-    "resnet": "resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d wide_resnet50_2",
+    "regnet": """regnet_x_400mf regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf regnet_x_16gf regnet_x_32gf
+        regnet_y_400mf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf regnet_y_32gf""",
+    "resnet": """resnet18 resnet34 resnet50 resnet101 resnet152 resnext50_32x4d resnext101_32x8d resnext101_64x4d
+        wide_resnet50_2 wide_resnet101_2""",
     "shufflenetv2": "shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0",
     "squeezenet": "squeezenet1_0 squeezenet1_1",
     "swin_transformer": "swin_t swin_v2_t",
-    "vgg": "vgg11 vgg11_bn",
+    "vgg": "vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn",
     "vision_transformer": "vit_b_32@224",
 }
 TIMM = {
@@ -131,11 +132,7 @@ TIMM = {
 }
 # what is not in the lists above, and why
 LEFT_OUT = {
-    "over 60 million parameters in fp64, and a smaller member of the family is there": """
-        torchvision:convnext_base torchvision:convnext_large torchvision:efficientnet_b7 torchvision:efficientnet_v2_l
-        torchvision:regnet_x_32gf torchvision:regnet_y_16gf torchvision:regnet_y_32gf torchvision:regnet_y_128gf
-        torchvision:resnext101_32x8d torchvision:resnext101_64x4d torchvision:wide_resnet101_2 torchvision:vgg13
-        torchvision:vgg13_bn torchvision:vgg16 torchvision:vgg16_bn torchvision:vgg19 torchvision:vgg19_bn""",
+    "645 million parameters, which in fp64 need more memory than most machines have": "torchvision:regnet_y_128gf",
     "a transformer: no convolution but the patches' embedding; a smaller one of its kind is there": """
         torchvision:swin_b torchvision:swin_s torchvision:swin_v2_b torchvision:swin_v2_s torchvision:vit_b_16
         torchvision:vit_h_14 torchvision:vit_l_16 torchvision:vit_l_32
