@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_trace import Functions
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,19 +24,6 @@ from fastcnn.study.trace import trace
 @functools.cache
 def counted(name, size=224):
     return summary(networks.build_on_meta(name), image_size=size)
-
-
-class Functions(nn.Module):
-    """A module whose forward is the function given."""
-
-    def __init__(self, function, **modules):
-        super().__init__()
-        self.function = function
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, *inputs):
-        return self.function(self, *inputs)
 
 
 # what the lecture prints beside every layer of VGG16
